@@ -1,0 +1,68 @@
+# Everything runs in .venv, which is made on first use: Python >= 3.11, make and git are
+# all that has to be there.
+#
+#   make train EXP=quickstart [RUN=runs/quickstart] [ARGS="--steps 3 --seed 1"]
+#   make eval RUN=runs/quickstart [ARGS="--eval.samples 16"]
+#   make report RUN=…       make export RUN=… OUT=directory
+#   make test               make lint               make bench
+
+SHELL := /bin/bash
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+  && echo $$p && break; done)
+# Which JAX: of a TPU VM, of an NVIDIA driver, or of neither. JAX_EXTRA= overrides.
+JAX_EXTRA ?= $(shell \
+  if [ -n "$$(ls /dev/accel* /dev/vfio/[0-9]* 2>/dev/null)" ] \
+    && grep -qi google /sys/class/dmi/id/product_name 2>/dev/null \
+    && ! nvidia-smi -L >/dev/null 2>&1; then echo tpu; \
+  elif nvidia-smi -L >/dev/null 2>&1; then echo cuda; fi)
+OPO := $(VENV)/bin/python -m opo_jax
+EXTRAS = $(if $(JAX_EXTRA),[$(JAX_EXTRA)])
+RUN ?= runs/$(EXP)
+
+.PHONY: train eval report export test lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '4,8s/^# \{0,1\}//p' Makefile
+
+# One stamp for what running needs, one for what testing needs besides.
+$(VENV)/.installed: setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; install one, or name it (make PYTHON=...)." >&2; exit 2; }
+	@echo "Installing into $(VENV) (once; $(or $(JAX_EXTRA),cpu) JAX)"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)' \
+	  2> >(grep -v '^WARNING: Location' >&2)
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' \
+	  2> >(grep -v '^WARNING: Location' >&2)
+	@touch $@
+
+train: $(VENV)/.installed
+	@test -n "$(EXP)" || { echo "error: which experiment? make train EXP=quickstart; there are: $$(cd experiments && ls [a-z]*.py | sed 's/\.py//' | tr '\n' ' ')" >&2; exit 2; }
+	@$(OPO) train $(EXP) --run $(RUN) $(ARGS)
+
+eval: $(VENV)/.installed
+	@$(OPO) eval $(RUN) $(ARGS)
+
+report: $(VENV)/.installed
+	@$(OPO) report $(RUN)
+
+export: $(VENV)/.installed
+	@test -n "$(OUT)" || { echo "error: where to? make export RUN=$(RUN) OUT=directory" >&2; exit 2; }
+	@$(OPO) export $(RUN) $(OUT)
+
+test: $(VENV)/.installed-dev
+	@$(VENV)/bin/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/.installed
+	@for file in benchmarks/*.py; do echo "== $$file"; $(VENV)/bin/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV)

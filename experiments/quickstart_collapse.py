@@ -1,0 +1,25 @@
+"""The collapse: a careless learning rate on a start that has not learnt the steps.
+
+Claim:    the policy falls into three-token guesses within ten steps and stays there;
+          pass@1 is that of guessing, entropy is gone, and every group is of one mind.
+          Long answers are mostly wrong at this start and carry most of the negative
+          gradient, so the first large steps remove length itself.
+Command:  make train EXP=quickstart_collapse
+Hardware: any; 2 CPU cores need about a minute.
+Result:   see experiments/README.md.
+"""
+
+import dataclasses
+
+from experiments.quickstart import get_config as quickstart
+from opo_jax.config import Config
+
+
+def get_config() -> Config:
+  base = quickstart()
+  return dataclasses.replace(
+    base,
+    experiment="quickstart_collapse",
+    warm_start=dataclasses.replace(base.warm_start, steps=100),
+    optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-3),
+  )

@@ -1,0 +1,38 @@
+"""OPO: on-policy reinforcement learning of language models with the optimal baseline.
+
+Where to start reading: `loop.py` is the run from top to bottom on the host,
+`trainer.py` the update on the device, `advantages.py` the idea of the paper.
+
+    __main__    the commands: train, eval, report, export
+    config      every knob on one page
+    loop        prompts -> rollouts -> rewards -> update -> record
+    build       Config -> policy, optimiser, sampler, update
+    advantages  rewards, lengths, groups -> advantages
+    losses      log-probs, advantages, mask -> scalar
+    logprobs    hidden states x unembedding -> log-prob, entropy, energy
+    rollouts    the one type that crosses rooms
+    trainer     the jitted on-policy update
+    sampler     prefill once per prompt, decode with a cache
+    sharding    mesh, logical axes, host <-> global arrays
+    checkpoint  Orbax: everything a run needs to go on, together
+    evaluation  pass@k and its intervals
+    metrics     JSON lines, TensorBoard, progress, run.json
+    plots       run directory -> figures and report.html
+    models      one decoder for the families, Hugging Face format in and out
+    data        prompts, sources, an embedded task
+    rewards     math verification in processes with a time limit
+
+Shape letters, used as suffixes inside models, sampler and trainer (`hidden_BTD`):
+
+    B  rows of a batch          N  rollouts (rows of a whole RL step)
+    T  tokens of a row, or response tokens of a rollout
+    S  key positions attended to
+    P  prompt tokens            G  prompts, that is groups of rollouts
+    D  model width              F  MLP width              V  vocabulary
+    H  query heads              K  key-value heads        R  query heads per K
+    E  width of one head        L  layers
+
+This module imports nothing, so that `import opo_jax.losses` costs what JAX costs.
+"""
+
+__version__ = "0.1.0"

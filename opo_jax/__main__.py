@@ -1,0 +1,129 @@
+"""The commands: `python -m opo_jax {train,eval,report,export}`.
+
+Each imports what it needs when it is called, so that `--help` and a mistyped name
+answer at once. A mistake of the person's ends with one line and exit code 2.
+"""
+
+import argparse
+import importlib
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs a command; gives the exit code."""
+  parser = argparse.ArgumentParser(prog="python -m opo_jax", description=__doc__)
+  commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+  # `train NAME --help` and `eval RUN --help` show the config's flags.
+  add = commands.add_parser(
+    "train", help="train an experiment, or go on with it", add_help=False
+  )
+  add.add_argument("experiment", help="a name in experiments/, without .py")
+  add.add_argument("--run", type=pathlib.Path, help="directory of the run")
+  for name, text in (
+    ("eval", "evaluate the last checkpoint of a run beside its start policy"),
+    ("report", "write report.html and figures of a run"),
+    ("export", "write a run's policy in the Hugging Face format"),
+  ):
+    add = commands.add_parser(name, help=text, add_help=name != "eval")
+    add.add_argument("run", type=pathlib.Path, help="directory of the run")
+    if name == "export":
+      add.add_argument("out", type=pathlib.Path, help="directory to write")
+  # What a command does not know is a flag over the fields of the config.
+  known, flags = parser.parse_known_args(arguments)
+  if flags and known.command in ("report", "export"):
+    parser.error(f"{known.command} takes no further flags, got {' '.join(flags)}")
+  # One line of ours instead of pages of others': transformers without torch, absl.
+  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+  try:
+    return COMMANDS[known.command](known, flags)
+  except (ValueError, FloatingPointError, RuntimeError) as error:
+    if os.environ.get("OPO_TRACEBACK"):
+      raise
+    hint = "" if _raised_by_us(error) else "  (OPO_TRACEBACK=1 shows where)"
+    print(f"error: {error}{hint}", file=sys.stderr)
+    return 2 if isinstance(error, ValueError) else 1
+
+
+def _raised_by_us(error: Exception) -> bool:
+  """Whether the message was written for the person, by this package."""
+  trace = error.__traceback__
+  while trace.tb_next:
+    trace = trace.tb_next
+  here = pathlib.Path(__file__).parent
+  return pathlib.Path(trace.tb_frame.f_code.co_filename).is_relative_to(here)
+
+
+def train(known, flags) -> int:
+  config = _parse(_experiment(known.experiment), flags)
+  directory = known.run or pathlib.Path("runs") / known.experiment
+  from opo_jax import loop
+
+  loop.train(config, directory)
+  from opo_jax import plots
+
+  print(f"report: {plots.report(directory)}")
+  return 0
+
+
+def evaluate(known, flags) -> int:
+  config = _parse(_config_of(known.run), flags)
+  from opo_jax import loop
+
+  loop.evaluate_run(config, known.run)
+  return 0
+
+
+def report(known, flags) -> int:
+  from opo_jax import plots
+
+  print(f"report: {plots.report(known.run)}")
+  return 0
+
+
+def export(known, flags) -> int:
+  config = _config_of(known.run)
+  from opo_jax import loop
+
+  print(f"exported: {loop.export(config, known.run, known.out)}")
+  return 0
+
+
+COMMANDS = {"train": train, "eval": evaluate, "report": report, "export": export}
+
+
+def _experiment(name: str):
+  """The config of `experiments/NAME.py`, from its `get_config()`."""
+  roots = (pathlib.Path.cwd(), pathlib.Path(__file__).parents[1])
+  root = next((root for root in roots if (root / "experiments").is_dir()), roots[0])
+  names = [file.stem for file in (root / "experiments").glob("[a-z]*.py")]
+  if name not in names:
+    from opo_jax.config import near_names
+
+    raise ValueError(f"There is no experiment {name!r}; {near_names(name, names)}")
+  sys.path.insert(0, str(root))  # experiments build on one another
+  return importlib.import_module(f"experiments.{name}").get_config()
+
+
+def _config_of(run: pathlib.Path):
+  import json
+
+  from opo_jax.config import from_dict
+
+  path = run / "config.json"
+  if not path.is_file():
+    raise ValueError(f"{run} is no run: it has no config.json; give RUN=directory.")
+  return from_dict(json.loads(path.read_text()))
+
+
+def _parse(default, flags):
+  """The config with the person's flags; unknown ones end with the near names."""
+  import tyro
+
+  return tyro.cli(type(default), default=default, args=flags, prog="make … ARGS=")
+
+
+if __name__ == "__main__":
+  sys.exit(main())

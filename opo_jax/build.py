@@ -1,0 +1,279 @@
+"""Config -> the device parts of a run: mesh, policy, optimisers, sampler, updates.
+
+What `train` runs and what can be compiled ahead of time is the same: it is made here.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from opo_jax import sampler, sharding, trainer
+from opo_jax.advantages import ESTIMATORS
+from opo_jax.config import Config
+from opo_jax.models import ModelConfig, Policy, save
+from opo_jax.models.hf import read_config, read_weights
+from opo_jax.rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class Parts:
+  """The device side of a run.
+
+  Attributes:
+    mesh: of all devices.
+    init: () -> the fresh or loaded policy, laid out over the mesh.
+    like: shapes and layout of the policy.
+    start: policy -> TrainState of the RL phase, at step 0.
+    start_warm: policy -> TrainState of the warm start.
+    sample: (policy, prompts, samples_per_prompt, temperature, seed, version)
+      -> Rollouts.
+    update: the RL update.
+    imitate: the warm start's update: maximum likelihood of demonstrations.
+    kl_to_start: (start policy, rollouts, rows [n]) -> mean KL on these rows.
+    export: (policy, directory, tokenizer=) writes the Hugging Face format.
+    learning_rate: optimiser step -> learning rate of the RL phase.
+  """
+
+  mesh: Mesh
+  init: Callable[[], Policy]
+  like: Policy
+  start: Callable[[Policy], trainer.TrainState]
+  start_warm: Callable[[Policy], trainer.TrainState]
+  sample: Callable[..., Rollouts]
+  update: trainer.Update
+  imitate: trainer.Update
+  kl_to_start: Callable[..., jax.Array]
+  export: Callable[..., None]
+  learning_rate: Callable[[int], float]
+
+
+def build(config: Config, *, eos_ids: tuple[int, ...], vocab_size: int) -> Parts:
+  """Makes the parts.
+
+  Args:
+    config: the run.
+    eos_ids: the tokens that end a response.
+    vocab_size: the tokenizer's; the policy's may be larger, not smaller.
+
+  Raises:
+    ValueError: sizes that do not fit the mesh or each other.
+  """
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  _check_batch(config, mesh)
+
+  model_config = _model_config(config)
+  _check_vocabulary(model_config.vocab_size, vocab_size)
+  key = jax.random.key(config.seed)
+
+  def fresh(key):
+    return Policy(
+      model_config, key, eos_ids=eos_ids, mesh=mesh, dtype=config.model.dtype
+    )
+
+  like = jax.eval_shape(fresh, key)
+  layout = sharding.tree_shardings(like, mesh)
+  like = sharding.abstract(like, layout)
+
+  def init():
+    if config.model.path:
+      return read_weights(config.model.path, like)
+    return jax.jit(fresh, out_shardings=layout)(key)
+
+  schedule = _schedule(config)
+  optimizer = _adamw(config, schedule)
+  warm_steps = max(config.warm_start.steps, 1)
+  warm_schedule = optax.warmup_cosine_decay_schedule(
+    0.0, config.warm_start.learning_rate, warm_steps // 10, warm_steps
+  )
+  warm_optimizer = _adamw(config, warm_schedule)
+
+  return Parts(
+    mesh=mesh,
+    init=init,
+    like=like,
+    start=functools.partial(_start, optimizer, mesh),
+    start_warm=functools.partial(_start, warm_optimizer, mesh),
+    sample=functools.partial(_sample, config),
+    update=trainer.Update(_algorithm(config), optimizer),
+    # A demonstration is a response with reward 1; REINFORCE then is maximum
+    # likelihood, and the update needs no second loss.
+    imitate=trainer.Update(
+      trainer.Algorithm(
+        estimator=ESTIMATORS["reinforce"],
+        objective=trainer.OBJECTIVES["policy_gradient"],
+        require_on_policy=False,
+        remat=config.model.remat,
+      ),
+      warm_optimizer,
+    ),
+    kl_to_start=trainer.kl_to_start,
+    export=save,
+    learning_rate=schedule,
+  )
+
+
+def demonstrations(
+  prompts: Sequence[Sequence[int]],
+  responses: Sequence[Sequence[int]],
+  ends: Sequence[bool],
+  *,
+  max_new_tokens: int,
+) -> Rollouts:
+  """Demonstrations as rollouts, one to a prompt, so that the update can imitate them.
+
+  Args:
+    prompts: token ids.
+    responses: token ids, the end token included where there is one.
+    ends: whether the response ends (by its end token) or is cut off.
+    max_new_tokens: T; a longer response is cut off there.
+  """
+  num, width = len(prompts), sampler.bucket(max(map(len, prompts)))
+  prompts_GP = np.zeros((num, width), np.int32)
+  tokens_NT = np.zeros((num, max_new_tokens), np.int32)
+  lengths = np.array([min(len(r), max_new_tokens) for r in responses], np.int32)
+  for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+    prompts_GP[row, width - len(prompt) :] = prompt
+    tokens_NT[row, : lengths[row]] = response[: lengths[row]]
+  return Rollouts(
+    prompts=jnp.asarray(prompts_GP),
+    prompt_lengths=jnp.array([len(p) for p in prompts], jnp.int32),
+    tokens=jnp.asarray(tokens_NT),
+    logprobs=jnp.zeros((num, max_new_tokens), jnp.float32),
+    mask=jnp.arange(max_new_tokens) < lengths[:, None],
+    lengths=jnp.asarray(lengths),
+    prompt_ids=jnp.arange(num, dtype=jnp.int32),
+    finished=jnp.asarray(ends, bool),
+    temperature=jnp.float32(1.0),
+    version=jnp.int32(-1),
+  )
+
+
+def _check_batch(config, mesh):
+  shards = sharding.batch_shards(mesh)
+  parts = config.algorithm.updates_per_batch * config.algorithm.micro_batches * shards
+  prompts, group = config.rollout.prompts_per_step, config.rollout.group_size
+  # The sampler fills the mesh with whole prompts, the update with rows.
+  if prompts % shards or prompts * group % parts:
+    needed = int(np.lcm(shards, parts // np.gcd(parts, group)))
+    raise ValueError(
+      f"{prompts} prompts x {group} responses do not fill {shards} devices in"
+      f" {parts // shards} parts; use a multiple of {needed}"
+      f" (--rollout.prompts-per-step {-(-prompts // needed) * needed})."
+    )
+  if config.warm_start.steps and config.warm_start.batch_size % shards:
+    size = config.warm_start.batch_size
+    raise ValueError(
+      f"{size} demonstrations do not fill {shards} devices; use a multiple of {shards}"
+      f" (--warm-start.batch-size {-(-size // shards) * shards})."
+    )
+
+
+def _model_config(config: Config) -> ModelConfig:
+  size = config.model
+  if size.path:
+    return read_config(size.path)
+  return ModelConfig(
+    vocab_size=size.vocab_size,
+    width=size.width,
+    mlp_width=size.mlp_width,
+    num_layers=size.num_layers,
+    num_heads=size.num_heads,
+    num_kv_heads=size.num_kv_heads,
+    head_dim=size.head_dim,
+    initializer_range=size.initializer_range,
+  )
+
+
+def _check_vocabulary(policy_size, tokenizer_size):
+  if policy_size < tokenizer_size:
+    raise ValueError(
+      f"The tokenizer has {tokenizer_size} tokens, the policy {policy_size}; use at"
+      f" least {tokenizer_size} (--model.vocab-size), or the policy's own tokenizer"
+      " (--data.tokenizer)."
+    )
+
+
+def _start(optimizer, mesh, policy) -> trainer.TrainState:
+  def fresh(policy):
+    # A copy: the state is donated to every update, `policy` stays the caller's.
+    policy = jax.tree.map(jnp.copy, policy)
+    return trainer.TrainState(policy, optimizer.init(policy), jnp.int32(0))
+
+  layout = sharding.tree_shardings(jax.eval_shape(fresh, policy), mesh)
+  return jax.jit(fresh, out_shardings=layout)(policy)
+
+
+def _sample(
+  config: Config,
+  policy: Policy,
+  prompts: Sequence[Sequence[int]],
+  *,
+  samples_per_prompt: int,
+  temperature: float,
+  seed: int,
+  version: int,
+) -> Rollouts:
+  return sampler.generate(
+    policy,
+    prompts,
+    samples_per_prompt=samples_per_prompt,
+    max_new_tokens=config.rollout.max_new_tokens,
+    temperature=temperature,
+    seed=seed,
+    slots=config.rollout.slots or None,
+    version=version,
+  )
+
+
+def _algorithm(config: Config) -> trainer.Algorithm:
+  algorithm = config.algorithm
+  objective = trainer.OBJECTIVES[algorithm.loss]
+  if algorithm.loss == "ppo_clip":
+    objective = functools.partial(
+      objective, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high
+    )
+  return trainer.Algorithm(
+    estimator=ESTIMATORS[algorithm.advantage],
+    objective=objective,
+    aggregation=algorithm.aggregation,
+    updates_per_batch=algorithm.updates_per_batch,
+    micro_batches=algorithm.micro_batches,
+    require_on_policy=algorithm.updates_per_batch == 1,
+    remat=config.model.remat,
+  )
+
+
+def _schedule(config: Config) -> Callable[[Any], Any]:
+  optimizer = config.optimizer
+  peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
+  decay_steps = max(config.steps * config.algorithm.updates_per_batch - warmup, 1)
+  after = {
+    "constant": optax.constant_schedule(peak),
+    "cosine": optax.cosine_decay_schedule(peak, decay_steps),
+    "linear": optax.linear_schedule(peak, 0.0, decay_steps),
+  }[optimizer.schedule]
+  if not warmup:
+    return after
+  rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+  return optax.join_schedules([rise, after], [warmup])
+
+
+def _adamw(config: Config, schedule) -> optax.GradientTransformation:
+  optimizer = config.optimizer
+  return optax.chain(
+    optax.clip_by_global_norm(optimizer.max_grad_norm),
+    optax.adamw(
+      schedule,
+      b1=optimizer.b1,
+      b2=optimizer.b2,
+      eps=optimizer.epsilon,
+      weight_decay=optimizer.weight_decay,
+    ),
+  )

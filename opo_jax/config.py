@@ -1,0 +1,324 @@
+"""Every knob of a run on one page. Each is a flag: `--rollout.group-size 16`.
+
+The comment on a field says what it means, its unit, and the one place that reads it.
+Only `build`, `loop` and the command line know these classes; all other rooms take
+plain values.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Model:
+  """The policy. With `path` it is loaded, and the sizes below are not read."""
+
+  # Directory in Hugging Face format, or empty: fresh weights. (build)
+  path: str = ""
+  # Rows of the embedding, at least the tokenizer's size. (build)
+  vocab_size: int = 32
+  # Model width. (build)
+  width: int = 128
+  # Hidden width of the gated MLP. (build)
+  mlp_width: int = 384
+  # Transformer layers. (build)
+  num_layers: int = 2
+  # Query heads. (build)
+  num_heads: int = 4
+  # Key-value heads; divides num_heads. (build)
+  num_kv_heads: int = 2
+  # Width of one head. (build)
+  head_dim: int = 32
+  # Standard deviation of a fresh weight. (build)
+  initializer_range: float = 0.02
+  # Activations; parameters are float32 masters. (build)
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  # Recompute layers in the backward pass: less memory, a third more time. (build)
+  remat: bool = False
+
+
+@dataclass(frozen=True)
+class Data:
+  """Problems and their prompts."""
+
+  # Name of the training problems, see data/sources.py. (loop)
+  train: str = "arithmetic"
+  # `arithmetic`, a directory, or a hub id. (loop)
+  tokenizer: str = "arithmetic"
+  # The system turn of every prompt; empty: none. (loop)
+  system: str = ""
+  # Put after every question, on a line of its own. (loop)
+  instruction: str = ""
+
+
+@dataclass(frozen=True)
+class Reward:
+  """From a response to a number."""
+
+  # Which verifier. (loop)
+  verifier: Literal["arithmetic", "math"] = "arithmetic"
+  # Processes that verify; 0 verifies in this one, without a time limit. (loop)
+  workers: int = 0
+  # Wall-clock limit of one answer; beyond it the answer is unscorable. (loop)
+  timeout_s: float = 5.0
+  # What a response cut off at the length limit earns. (loop)
+  truncated: Literal["incorrect", "scored"] = "incorrect"
+  # The run stops above this share of unscorable answers in a step. (loop)
+  max_unscorable_fraction: float = 0.2
+
+
+@dataclass(frozen=True)
+class WarmStart:
+  """Supervised learning on demonstrations, before RL."""
+
+  # Optimiser steps; 0 leaves the phase out. (loop)
+  steps: int = 0
+  # Demonstrations per step. (loop)
+  batch_size: int = 128
+  # Peak, reached after a tenth of the steps; a cosine then falls to 0. (build)
+  learning_rate: float = 2e-3
+
+
+@dataclass(frozen=True)
+class Rollout:
+  """Sampling for training."""
+
+  # Prompts, that is groups, in a step. (loop)
+  prompts_per_step: int = 32
+  # Responses to each prompt. (build)
+  group_size: int = 8
+  # Longest prompt, tokens; a longer one stops the run. (loop)
+  max_prompt_tokens: int = 512
+  # Longest response, tokens, the end token included. (build)
+  max_new_tokens: int = 32
+  # Of sampler and learner alike; above 0. (build)
+  temperature: float = 1.0
+  # Rows decoded at a time; 0 decodes all together. (build)
+  slots: int = 0
+
+
+@dataclass(frozen=True)
+class Algorithm:
+  """From rewards to a gradient."""
+
+  # Name of the advantage estimator. (build)
+  advantage: Literal[
+    "opo",
+    "opo_loo",
+    "opo_batch",
+    "mean",
+    "grpo",
+    "rloo",
+    "reinforce",
+    "reinforce_pp",
+    "maxrl",
+  ] = "opo"
+  # Name of the objective. (build)
+  loss: Literal["policy_gradient", "ppo_clip"] = "policy_gradient"
+  # How token losses become one number. (build)
+  aggregation: Literal[
+    "token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean"
+  ] = "token_mean"
+  # Optimiser steps per rollout batch; 1 is exact on-policy. (build)
+  updates_per_batch: int = 1
+  # Parts in which one optimiser step's gradient is accumulated. (build)
+  micro_batches: int = 1
+  # ppo_clip: how far the ratio may fall below 1. (build)
+  clip_low: float = 0.2
+  # ppo_clip: how far the ratio may rise above 1. (build)
+  clip_high: float = 0.2
+
+
+@dataclass(frozen=True)
+class Optimizer:
+  """AdamW on the RL phase."""
+
+  # Peak learning rate. (build)
+  learning_rate: float = 1e-6
+  # Optimiser steps of linear warm-up. (build)
+  warmup_steps: int = 0
+  # What follows the warm-up. (build)
+  schedule: Literal["constant", "cosine", "linear"] = "constant"
+  # Decay of the first moment. (build)
+  b1: float = 0.9
+  # Decay of the second moment. (build)
+  b2: float = 0.99
+  # Added to the root of the second moment. (build)
+  epsilon: float = 1e-8
+  # Decoupled weight decay. (build)
+  weight_decay: float = 0.0
+  # Gradients are scaled down to this global norm. (build)
+  max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Mesh:
+  """Devices; one size may be -1 and takes what is left."""
+
+  # Copies of the model; each takes its share of the batch. (build)
+  data: int = 1
+  # Shards of parameters, optimiser state and batch. (build)
+  fsdp: int = -1
+  # Shards of heads, MLP and vocabulary. (build)
+  tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+  """What a run keeps to go on from."""
+
+  # Steps between checkpoints; the last step always has one. (loop)
+  every: int = 20
+  # The newest that are kept. (loop)
+  keep: int = 2
+
+
+@dataclass(frozen=True)
+class Eval:
+  """Held-out evaluation while training."""
+
+  # Steps between evaluations; 0 evaluates at the start and at the end alone. (loop)
+  every: int = 20
+  # Name of the evaluation problems, see data/sources.py. (loop)
+  benchmark: str = "arithmetic"
+  # Problems, from the first on; 0 takes all. (loop)
+  problems: int = 128
+  # Responses per problem; pass@k is reported for k = 1, 2, 4, 8, 16 up to this. (loop)
+  samples: int = 8
+  # Sampling temperature. (loop)
+  temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Record:
+  """What is measured and written beside the training itself."""
+
+  # Responses a step on which KL to the start is measured; 0: not measured. (loop)
+  kl_rollouts: int = 128
+  # Responses a step written to samples.jsonl. (loop)
+  samples: int = 4
+  # Steps between lines on the terminal. (loop)
+  print_every: int = 10
+
+
+@dataclass(frozen=True)
+class Config:
+  """A run."""
+
+  # Name of the experiment, in config.json and the report. (plots)
+  experiment: str = ""
+  # Of weights, data order and sampling. (loop)
+  seed: int = 0
+  # RL steps. (loop)
+  steps: int = 100
+  # The policy.
+  model: Model = field(default_factory=Model)
+  # Problems and their prompts.
+  data: Data = field(default_factory=Data)
+  # From a response to a number.
+  reward: Reward = field(default_factory=Reward)
+  # Supervised learning before RL.
+  warm_start: WarmStart = field(default_factory=WarmStart)
+  # Sampling for training.
+  rollout: Rollout = field(default_factory=Rollout)
+  # From rewards to a gradient.
+  algorithm: Algorithm = field(default_factory=Algorithm)
+  # AdamW on the RL phase.
+  optimizer: Optimizer = field(default_factory=Optimizer)
+  # Devices.
+  mesh: Mesh = field(default_factory=Mesh)
+  # What a run keeps to go on from.
+  checkpoint: Checkpoint = field(default_factory=Checkpoint)
+  # Held-out evaluation.
+  eval: Eval = field(default_factory=Eval)
+  # What is measured and written.
+  record: Record = field(default_factory=Record)
+
+  def __post_init__(self):
+    """Checks what can be checked before any device is touched."""
+    positive = {
+      "steps": self.steps,
+      "rollout.prompts-per-step": self.rollout.prompts_per_step,
+      "rollout.group-size": self.rollout.group_size,
+      "rollout.max-new-tokens": self.rollout.max_new_tokens,
+      "algorithm.updates-per-batch": self.algorithm.updates_per_batch,
+      "algorithm.micro-batches": self.algorithm.micro_batches,
+      "checkpoint.every": self.checkpoint.every,
+      "checkpoint.keep": self.checkpoint.keep,
+      "eval.samples": self.eval.samples,
+      "record.print-every": self.record.print_every,
+    }
+    for flag, value in positive.items():
+      if value < 1:
+        raise ValueError(f"--{flag} is {value}; it must be at least 1.")
+    if self.rollout.temperature <= 0:
+      raise ValueError(
+        f"--rollout.temperature is {self.rollout.temperature}; sampling for training"
+        " needs one above 0 (1.0 samples the policy itself)."
+      )
+    updates = self.algorithm.updates_per_batch
+    if updates > 1 and self.algorithm.loss == "policy_gradient":
+      raise ValueError(
+        f"--algorithm.updates-per-batch {updates} leaves the policy that sampled, and"
+        " policy_gradient does not correct for it; use --algorithm.loss ppo_clip, or 1"
+        " update for exact on-policy training."
+      )
+    parts = updates * self.algorithm.micro_batches
+    rows = self.rollout.prompts_per_step * self.rollout.group_size
+    if self.rollout.prompts_per_step % updates or rows % parts:
+      raise ValueError(
+        f"{self.rollout.prompts_per_step} prompts x {self.rollout.group_size} responses"
+        f" do not split into {updates} updates of {self.algorithm.micro_batches}"
+        f" micro-batches; use a multiple of {parts} (--rollout.prompts-per-step"
+        f" {-(-self.rollout.prompts_per_step // parts) * parts})."
+      )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+  """Nested plain values, as in `config.json`."""
+  return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+  """The inverse of `to_dict`; an unknown or missing key is an error."""
+
+  def build(cls, values, where):
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown, missing = values.keys() - fields.keys(), fields.keys() - values.keys()
+    if unknown or missing:
+      raise ValueError(
+        f"config.json was written by another version of opo_jax: {where or 'Config'}"
+        f" has unknown fields {sorted(unknown)} and misses {sorted(missing)}; check out"
+        " the commit named in run.json."
+      )
+    kwargs = {
+      name: build(fields[name].type, value, f"{where}{name}.")
+      if isinstance(value, dict)
+      else value
+      for name, value in values.items()
+    }
+    return cls(**kwargs)
+
+  return build(Config, values, "")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix="") -> list[str]:
+  """Lines `--flag: old -> new` for every value that differs."""
+  lines = []
+  for key in sorted(old.keys() | new.keys()):
+    before, after = old.get(key), new.get(key)
+    if isinstance(before, dict) and isinstance(after, dict):
+      lines += differences(before, after, f"{prefix}{key}.")
+    elif before != after:
+      flag = f"{prefix}{key}".replace("_", "-")
+      lines.append(f"--{flag}: {before!r} -> {after!r}")
+  return lines
+
+
+def near_names(name: str, names) -> str:
+  """The names a person may have meant, for an error message."""
+  names = sorted(names)
+  near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+  return f"did you mean {' or '.join(near)}?" if near else f"there are {names}."

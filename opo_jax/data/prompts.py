@@ -1,0 +1,138 @@
+"""Problems become prompt tokens: chat template, tokenizer, end tokens.
+
+Works with any `transformers` tokenizer, the small one of the embedded task
+(`data.arithmetic`) and those of real models alike.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """A question with its reference answer, as text.
+
+  Attributes:
+    id: unique within its source.
+    question: what the policy is asked, before the chat template.
+    answer: the reference the verifier compares with.
+  """
+
+  id: str
+  question: str
+  answer: str
+
+
+def load_tokenizer(path: str):
+  """A `transformers` tokenizer from a directory or a hub id.
+
+  Raises:
+    ValueError: nothing there, with both ways out.
+  """
+  from transformers import AutoTokenizer  # 0.5 s that the embedded task does not need
+
+  try:
+    return AutoTokenizer.from_pretrained(path)
+  except OSError as error:
+    raise ValueError(
+      f"No tokenizer at {path!r}; give a directory with tokenizer.json, or a hub id"
+      " and a network (--data.tokenizer)."
+    ) from error
+
+
+def end_token_ids(tokenizer, model_path: str = "") -> tuple[int, ...]:
+  """The tokens that end a response, as a set: tokenizer and generation config together.
+
+  Args:
+    tokenizer: a `transformers` tokenizer.
+    model_path: a directory that may hold `generation_config.json`.
+
+  Raises:
+    ValueError: there is none.
+  """
+  ids = {tokenizer.eos_token_id}
+  generation_config = pathlib.Path(model_path) / "generation_config.json"
+  if model_path and generation_config.is_file():
+    listed = json.loads(generation_config.read_text()).get("eos_token_id")
+    ids.update(listed if isinstance(listed, list) else [listed])
+  ids.discard(None)
+  if not ids:
+    raise ValueError(
+      f"The tokenizer {tokenizer.name_or_path!r} has no end token, so no response could"
+      " ever end; set eos_token in its tokenizer_config.json."
+    )
+  return tuple(sorted(ids))
+
+
+def encode_prompt(
+  tokenizer, question: str, *, system: str = "", instruction: str = ""
+) -> list[int]:
+  """Token ids of a question in the tokenizer's chat template.
+
+  Args:
+    tokenizer: with a chat template.
+    question: the user's turn.
+    system: the system turn; none where it is empty.
+    instruction: put after the question, on a line of its own.
+
+  Returns:
+    Token ids that end where the assistant's answer begins. The begin-of-sequence token
+    is there exactly once if the tokenizer has one: most templates write it, and
+    the tokenizer is not asked to add it again.
+  """
+  if not tokenizer.chat_template:
+    raise ValueError(
+      f"The tokenizer {tokenizer.name_or_path!r} has no chat template; put one into its"
+      " tokenizer_config.json."
+    )
+  turns = [{"role": "system", "content": system}] if system else []
+  content = f"{question}\n{instruction}" if instruction else question
+  turns.append({"role": "user", "content": content})
+  text = tokenizer.apply_chat_template(
+    turns, tokenize=False, add_generation_prompt=True
+  )
+  ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+  bos = tokenizer.bos_token_id
+  return ids if bos is None or bos in ids[:1] else [bos, *ids]
+
+
+def encode_problems(
+  tokenizer,
+  problems: Sequence[Problem],
+  *,
+  max_prompt_tokens: int,
+  system: str = "",
+  instruction: str = "",
+) -> list[list[int]]:
+  """`encode_prompt` of each problem.
+
+  Raises:
+    ValueError: a prompt longer than `max_prompt_tokens`.
+  """
+  prompts = []
+  for problem in problems:
+    ids = encode_prompt(
+      tokenizer, problem.question, system=system, instruction=instruction
+    )
+    if len(ids) > max_prompt_tokens:
+      raise ValueError(
+        f"The prompt of problem {problem.id!r} has {len(ids)} tokens, the limit is"
+        f" {max_prompt_tokens}; raise it (--rollout.max-prompt-tokens) or leave the"
+        " problem out."
+      )
+    prompts.append(ids)
+  return prompts
+
+
+def decode_responses(tokenizer, tokens, lengths) -> list[str]:
+  """Text of each response without special tokens, for verifiers and people.
+
+  Args:
+    tokenizer: the policy's.
+    tokens: [N, T] integers on the host.
+    lengths: [N] integers; what follows is not read.
+  """
+  rows = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+  return tokenizer.batch_decode(rows, skip_special_tokens=True)

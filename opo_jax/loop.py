@@ -1,0 +1,467 @@
+"""The run, on the host, from top to bottom.
+
+    prompts -> rollouts -> rewards -> update -> record
+
+A run lives in a directory. The same command on the same directory goes on where the
+last checkpoint was, exactly: everything random is drawn from (seed, purpose, step).
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opo_jax import build, sharding
+from opo_jax import config as config_lib
+from opo_jax.build import Parts
+from opo_jax.checkpoint import Checkpoints
+from opo_jax.config import Config
+from opo_jax.data import arithmetic, sources
+from opo_jax.data import prompts as prompts_lib
+from opo_jax.data.prompts import Problem
+from opo_jax.evaluation import evaluate
+from opo_jax.metrics import (
+  JsonLines,
+  TensorBoard,
+  Terminal,
+  Timers,
+  check_finite,
+  describe_responses,
+  write_run_json,
+)
+from opo_jax.rewards.math_verifier import RewardPool, math_reward
+
+VERIFIERS: dict[str, Callable[[str, str], float]] = {
+  "arithmetic": arithmetic.verify,
+  "math": math_reward,
+}
+DEMONSTRATIONS = {"arithmetic": arithmetic.demonstrations}
+
+
+def train(config: Config, directory: pathlib.Path) -> None:
+  """Trains from the start, or from the directory's last checkpoint, to the last step.
+
+  Args:
+    config: the run.
+    directory: where it is written; the README lists its files.
+
+  Raises:
+    ValueError: a config that cannot run, or a directory of another config. Nothing has
+      been written then.
+    FloatingPointError: a metric that is not finite; names the step.
+  """
+  check_directory(config, directory)
+  with Run(config, directory) as run:
+    problems = sources.load(config.data.train, "train")
+    stream = sources.ProblemStream(problems, seed=config.seed)
+    run.encode(problems)  # a prompt over the limit shows now, not at step 700
+    run.encode(run.held_out)
+    run.write_head()
+
+    start_policy = run.start_policy(problems)
+    state = run.parts.start(start_policy)
+    checkpoints = Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep)
+    done = checkpoints.latest() or 0
+    if done:
+      state, host = checkpoints.restore(done, state)
+      stream.restore(host["data"])
+      run.terminal.say(f"Resumed after step {done} of {config.steps}.")
+    record = Record(directory, resume_at=done or None)
+
+    if not done:
+      row = {"step": 0} | run.evaluate(start_policy)
+      record.metrics(row)
+      run.terminal.say(f"step 0  {_scores(row)}  (the start model)")
+
+    with run.terminal.progress("RL", done=done, total=config.steps) as advance:
+      for step in range(done + 1, config.steps + 1):
+        timers = Timers()
+        asked = stream.take(config.rollout.prompts_per_step)
+        with timers.phase("rollout"):
+          rollouts = run.sample(state, asked, step)
+        with timers.phase("reward"):
+          texts, rewards = run.score(rollouts, asked)
+        with timers.phase("update"):
+          state, metrics, advantages = run.update(state, rollouts, rewards)
+        with timers.phase("measure"):
+          metrics |= run.kl_to_start(start_policy, rollouts)
+          metrics |= describe_responses(
+            rewards, np.asarray(rollouts.lengths), np.asarray(rollouts.finished)
+          )
+        row = {"step": step, **metrics, **timers.metrics()}
+        row["learning_rate"] = float(run.parts.learning_rate(step - 1))
+        row["throughput/tokens_per_s"] = row["rollout/tokens"] / row["time/step_s"]
+
+        last = step == config.steps
+        if last or (config.eval.every and step % config.eval.every == 0):
+          row |= run.evaluate(state.policy)
+        check_finite(row, step)
+        record.metrics(row)
+        record.samples(
+          step, asked, texts, rewards, rollouts, advantages, config.record.samples
+        )
+        if last or step % config.checkpoint.every == 0:
+          run.save(checkpoints, step, state, stream)
+        advance()
+        if last or step % config.record.print_every == 0:
+          run.terminal.say(_line(row))
+    checkpoints.close()
+    record.close()
+
+
+def evaluate_run(config: Config, directory: pathlib.Path) -> dict[str, float]:
+  """Evaluates the last checkpoint beside the start policy; writes `eval.json`.
+
+  Args:
+    config: the run's, with the evaluation wanted now in `config.eval`.
+    directory: of the run.
+  """
+  with Run(config, directory) as run:
+    policies = {"start": run.load_start(), "final": load_policy(run)}
+    rows = {name: run.evaluate(policy) for name, policy in policies.items()}
+    for name, row in rows.items():
+      run.terminal.say(f"{name:>6}  {_scores(row)}")
+    (directory / "eval.json").write_text(json.dumps(rows, indent=2) + "\n")
+    return rows["final"]
+
+
+def export(config: Config, directory: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
+  """Writes the last checkpoint's policy and tokenizer in the Hugging Face format.
+
+  Args:
+    config: the run's.
+    directory: of the run.
+    out: an empty or missing directory.
+  """
+  if out.exists() and any(out.iterdir()):
+    raise ValueError(f"{out} is not empty; give another OUT= directory.")
+  with Run(config, directory) as run:
+    run.parts.export(load_policy(run), out, tokenizer=run.tokenizer)
+  return out
+
+
+def load_policy(run: "Run") -> Any:
+  """The policy of the run's last checkpoint."""
+  checkpoints = Checkpoints(run.directory / "checkpoints")
+  step = checkpoints.latest()
+  if step is None:
+    raise ValueError(
+      f"{run.directory} has no checkpoint yet; train first (make train EXP=… RUN=…)."
+    )
+  like = jax.eval_shape(run.parts.start, run.parts.like)
+  layout = sharding.tree_shardings(like, run.parts.mesh)
+  return checkpoints.restore(step, sharding.abstract(like, layout))[0].policy
+
+
+class Run:
+  """What stays the same from the first step to the last; closes its processes."""
+
+  def __init__(self, config: Config, directory: pathlib.Path):
+    self.config, self.directory = config, directory
+    self.terminal = Terminal()
+    self.tokenizer = (
+      arithmetic.tokenizer()
+      if config.data.tokenizer == "arithmetic"
+      else prompts_lib.load_tokenizer(config.data.tokenizer)
+    )
+    self.parts: Parts = build.build(
+      config,
+      eos_ids=prompts_lib.end_token_ids(self.tokenizer, config.model.path),
+      vocab_size=len(self.tokenizer),
+    )
+    held_out = sources.load(config.eval.benchmark, "test")
+    self.held_out = held_out[: config.eval.problems or len(held_out)]
+    if not self.held_out:
+      raise ValueError(
+        f"{config.eval.benchmark!r} has no test problems; use --eval.benchmark."
+      )
+    if config.warm_start.steps and config.data.train not in DEMONSTRATIONS:
+      raise ValueError(
+        f"There are no demonstrations for {config.data.train!r} to warm-start from,"
+        f" only for {sorted(DEMONSTRATIONS)}; use --warm-start.steps 0."
+      )
+    self.verifier = RewardPool(
+      VERIFIERS[config.reward.verifier],
+      workers=config.reward.workers,
+      timeout_s=config.reward.timeout_s,
+    )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    self.verifier.close()
+
+  def write_head(self) -> None:
+    """config.json and run.json, before anything else."""
+    self.directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config_lib.to_dict(self.config), indent=2)
+    (self.directory / "config.json").write_text(text + "\n")
+    write_run_json(
+      self.directory, seed=self.config.seed, devices=sharding.describe(self.parts.mesh)
+    )
+
+  def seed(self, purpose: str, step: int = 0) -> int:
+    """A new seed for every purpose and step."""
+    purposes = ("rollout", "evaluation", "demonstration")
+    entropy = (self.config.seed, purposes.index(purpose), step)
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+  def encode(self, problems: Sequence[Problem]) -> list[list[int]]:
+    """The prompts of problems, as token ids."""
+    return prompts_lib.encode_problems(
+      self.tokenizer,
+      problems,
+      max_prompt_tokens=self.config.rollout.max_prompt_tokens,
+      system=self.config.data.system,
+      instruction=self.config.data.instruction,
+    )
+
+  # --- the phases of a step -----------------------------------------------------
+
+  def sample(self, state, problems, step):
+    rollouts = self.parts.sample(
+      state.policy,
+      self.encode(problems),
+      samples_per_prompt=self.config.rollout.group_size,
+      temperature=self.config.rollout.temperature,
+      seed=self.seed("rollout", step),
+      version=int(state.step),
+    )
+    return jax.block_until_ready(rollouts)
+
+  def score(self, rollouts, problems) -> tuple[list[str], np.ndarray]:
+    """Texts of the responses and their rewards [N]; NaN is unscorable."""
+    tokens, lengths = np.asarray(rollouts.tokens), np.asarray(rollouts.lengths)
+    texts = prompts_lib.decode_responses(self.tokenizer, tokens, lengths)
+    asked = [problems[group] for group in np.asarray(rollouts.prompt_ids)]
+    rewards = np.zeros(len(texts), np.float32)
+    to_verify = np.arange(len(texts))
+    if self.config.reward.truncated == "incorrect":
+      to_verify = np.flatnonzero(np.asarray(rollouts.finished))
+    scores = self.verifier.score(
+      [texts[i] for i in to_verify], [asked[i].answer for i in to_verify]
+    )
+    rewards[to_verify] = [np.nan if score is None else score for score in scores]
+    self._check_scorable(rewards, to_verify, asked)
+    return texts, rewards
+
+  def _check_scorable(self, rewards, to_verify, asked):
+    limit = self.config.reward.max_unscorable_fraction
+    share = float(np.isnan(rewards).mean())
+    if share > limit:
+      examples = "; ".join(
+        f"{asked[to_verify[i]].id}: {reason}"
+        for i, reason in self.verifier.last_errors[:3]
+      )
+      raise RuntimeError(
+        f"{share:.0%} of the answers could not be scored, more than {limit:.0%}"
+        f" (--reward.max-unscorable-fraction). {examples}"
+      )
+
+  def update(self, state, rollouts, rewards):
+    valid = ~np.isnan(rewards)
+    state, metrics, advantages = self.parts.update(
+      state, rollouts, jnp.asarray(np.where(valid, rewards, 0.0)), jnp.asarray(valid)
+    )
+    metrics = {name: float(value) for name, value in metrics.items()}
+    return state, metrics, np.asarray(advantages)
+
+  def kl_to_start(self, start_policy, rollouts) -> dict[str, float]:
+    wanted, num_rows = self.config.record.kl_rollouts, rollouts.tokens.shape[0]
+    if not wanted:
+      return {}
+    shards = sharding.batch_shards(self.parts.mesh)
+    count = min(num_rows, math.ceil(wanted / shards) * shards)
+    rows = jnp.arange(count) * num_rows // count
+    return {
+      "policy/kl_to_start": float(self.parts.kl_to_start(start_policy, rollouts, rows))
+    }
+
+  def evaluate(self, policy) -> dict[str, float]:
+    """Held-out scores under `eval/<benchmark>/`, and the time they took."""
+    settings, timers = self.config.eval, Timers()
+
+    def sample(prompts):
+      return self.parts.sample(
+        policy,
+        prompts,
+        samples_per_prompt=settings.samples,
+        temperature=settings.temperature,
+        seed=self.seed("evaluation"),
+        version=-1,
+      )
+
+    with timers.phase("eval"):
+      scores = evaluate(
+        sample,
+        lambda rollouts: self.score(rollouts, self.held_out)[1],
+        self.encode(self.held_out),
+        samples_per_problem=settings.samples,
+      )
+    row = {f"eval/{settings.benchmark}/{name}": value for name, value in scores.items()}
+    return row | {"time/eval_s": timers.seconds["eval"]}
+
+  def save(self, checkpoints, step, state, stream) -> None:
+    checkpoints.save(
+      step,
+      state,
+      {
+        "data": stream.state(),
+        "rng": {"seed": self.config.seed, "step": step},
+        "config": config_lib.to_dict(self.config),
+      },
+    )
+
+  # --- the start policy ---------------------------------------------------------
+
+  def start_policy(self, problems: Sequence[Problem]) -> Any:
+    """Where RL starts: kept in `start/`, warm-started first if the config says so."""
+    kept = Checkpoints(self.directory / "start")
+    if kept.latest() is None:
+      policy = self.parts.init()
+      if self.config.warm_start.steps:
+        policy = self._warm_start(policy, problems)
+      kept.save(0, policy, {"config": config_lib.to_dict(self.config)})
+      kept.close()
+      return policy
+    return self.load_start()
+
+  def load_start(self) -> Any:
+    """The policy RL started from, for evaluation beside the trained one."""
+    kept = Checkpoints(self.directory / "start")
+    if kept.latest() is None:
+      raise ValueError(f"{self.directory} has no start policy yet; train first.")
+    return kept.restore(0, self.parts.like)[0]
+
+  def _warm_start(self, policy, problems):
+    settings = self.config.warm_start
+    demonstrate = DEMONSTRATIONS[self.config.data.train]
+    state = self.parts.start_warm(policy)
+    stream = sources.ProblemStream(problems, seed=self.seed("demonstration"))
+    log = JsonLines(self.directory / "warm_start.jsonl", resume_at=None)
+    everything = jnp.ones(settings.batch_size)
+    with self.terminal.progress("warm start", done=0, total=settings.steps) as advance:
+      for step in range(1, settings.steps + 1):
+        timers = Timers()
+        batch = demonstrate(
+          stream.take(settings.batch_size), seed=self.seed("demonstration", step)
+        )
+        rollouts = self._demonstrated(batch)
+        state, metrics, _ = self.parts.imitate(
+          state, rollouts, everything, everything > 0
+        )
+        row = {"step": step, "loss": float(metrics["loss"])}
+        row["tokens"] = int(rollouts.lengths.sum())
+        row |= timers.metrics()
+        check_finite(row, step)
+        log.write(row)
+        advance()
+    log.close()
+    self.terminal.say(
+      f"warm start: {settings.steps} supervised steps, loss {row['loss']:.3f} nats a"
+      " token"
+    )
+    return state.policy
+
+  def _demonstrated(self, batch):
+    end = [self.tokenizer.eos_token_id]
+    responses = self.tokenizer(
+      [each.response for each in batch], add_special_tokens=False
+    )["input_ids"]
+    ends = [each.ends for each in batch]
+    return build.demonstrations(
+      self.encode([each.problem for each in batch]),
+      [r + end if e else r for r, e in zip(responses, ends, strict=True)],
+      ends,
+      max_new_tokens=self.config.rollout.max_new_tokens,
+    )
+
+
+class Record:
+  """metrics.jsonl, samples.jsonl and TensorBoard, side by side."""
+
+  def __init__(self, directory: pathlib.Path, *, resume_at: int | None):
+    self._metrics = JsonLines(directory / "metrics.jsonl", resume_at=resume_at)
+    self._samples = JsonLines(directory / "samples.jsonl", resume_at=resume_at)
+    self._board = TensorBoard(directory / "tensorboard", resume_at=resume_at)
+
+  def metrics(self, row: dict[str, Any]) -> None:
+    self._metrics.write(row)
+    self._board.write(row)
+
+  def samples(self, step, problems, texts, rewards, rollouts, advantages, count):
+    lengths, finished = np.asarray(rollouts.lengths), np.asarray(rollouts.finished)
+    groups = np.asarray(rollouts.prompt_ids)
+    for i in np.linspace(0, len(texts) - 1, count).astype(int) if count else ():
+      row = {
+        "step": step,
+        "prompt": problems[groups[i]].question,
+        "response": texts[i],
+        "reference": problems[groups[i]].answer,
+        "length": int(lengths[i]),
+        "finished": bool(finished[i]),
+        "advantage": float(advantages[i]),
+      }
+      if not np.isnan(rewards[i]):
+        row["reward"] = float(rewards[i])
+      self._samples.write(row)
+
+  def close(self) -> None:
+    for part in (self._metrics, self._samples, self._board):
+      part.close()
+
+
+def check_directory(config: Config, directory: pathlib.Path) -> None:
+  """Refuses a directory of another config, and shows the difference.
+
+  Raises:
+    ValueError: config.json there differs.
+  """
+  path = directory / "config.json"
+  if not path.exists():
+    if directory.exists() and any(directory.iterdir()):
+      raise ValueError(
+        f"{directory} is not empty and no run of ours; give another RUN= directory."
+      )
+    return
+  changed = config_lib.differences(
+    json.loads(path.read_text()), config_lib.to_dict(config)
+  )
+  if changed:
+    raise ValueError(
+      f"{directory} holds a run of another config ({'; '.join(changed)}). Give another"
+      " RUN= directory, or repeat the command that made this one to resume it."
+    )
+
+
+def _scores(row: dict[str, Any]) -> str:
+  return "  ".join(
+    f"{name.split('/', 1)[1]} {value:.3f}"
+    f" [{row[name + '_low']:.3f}, {row[name + '_high']:.3f}]"
+    for name, value in row.items()
+    if "/pass@" in name and not name.endswith(("_low", "_high"))
+  )
+
+
+def _line(row: dict[str, Any]) -> str:
+  """The line now and then: what a person watches."""
+  shown = {
+    "reward": "reward/mean",
+    "length": "response_length/mean",
+    "entropy": "policy/entropy",
+    "KL to start": "policy/kl_to_start",
+    "grad norm": "grad_norm",
+    "tokens/s": "throughput/tokens_per_s",
+  }
+  words = [f"step {row['step']}"]
+  for label, name in shown.items():
+    if name in row:
+      words.append(f"{label} {row[name]:.4g}")
+  held_out = [f"pass@1 {v:.3f}" for k, v in row.items() if k.endswith("/pass@1")]
+  return "  ".join(words + held_out)

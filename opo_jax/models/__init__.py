@@ -1,0 +1,7 @@
+"""Policies: one decoder, in and out of the Hugging Face format."""
+
+from opo_jax.models.config import ModelConfig
+from opo_jax.models.hf import load, save
+from opo_jax.models.transformer import Policy
+
+__all__ = ["ModelConfig", "Policy", "load", "save"]

@@ -1,0 +1,241 @@
+"""The decoder. One, for every family: they differ in a `ModelConfig`.
+
+A `Policy` is an NNX module and, as all NNX modules, a pytree: it can be passed through
+`jax.jit`, differentiated and handed to Optax as it is. Layers are stacked along a first
+axis and scanned, so that compile time does not grow with depth.
+
+Sampler and learner both run `Policy.hidden`; what they share is what makes a policy
+gradient exact.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from opo_jax import sharding
+from opo_jax.models.attention import Keys, attention
+from opo_jax.models.config import ModelConfig
+
+
+class Linear(nnx.Module):
+  """`x @ kernel + bias` with logical axes for the two dimensions of the kernel."""
+
+  def __init__(self, key, sizes, axes, *, std, bias=False):
+    self.kernel = nnx.Param(std * jax.random.normal(key, sizes), axes=axes)
+    self.bias = nnx.Param(jnp.zeros(sizes[1:]), axes=axes[1:]) if bias else None
+
+  def __call__(self, x):
+    # As one matrix: XLA:CPU runs the backward pass of a batched product at half speed.
+    y = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
+    y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class RMSNorm(nnx.Module):
+  """`x / sqrt(mean(x^2) + epsilon) * scale`, in float32."""
+
+  def __init__(self, width, epsilon):
+    self.scale = nnx.Param(jnp.ones(width), axes=(None,))
+    self.epsilon = epsilon
+
+  def __call__(self, x):
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + self.epsilon)
+    return (y * self.scale[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+  def __init__(self, config: ModelConfig, key: jax.Array):
+    query, key_, value, out = jax.random.split(key, 4)
+    D, E = config.width, config.head_dim
+    H, K = config.num_heads, config.num_kv_heads
+    std, bias = config.initializer_range, config.qkv_bias
+    self.query = Linear(query, (D, H * E), ("embed", "heads"), std=std, bias=bias)
+    self.key = Linear(key_, (D, K * E), ("embed", "kv_heads"), std=std, bias=bias)
+    self.value = Linear(value, (D, K * E), ("embed", "kv_heads"), std=std, bias=bias)
+    self.out = Linear(out, (H * E, D), ("heads", "embed"), std=std)
+    self.head_dim = E
+
+  def __call__(self, x_BTD, rotation, mask_BTT, cache):
+    B, T, _ = x_BTD.shape
+
+    def heads(x):
+      return x.reshape(B, T, -1, self.head_dim)
+
+    query_BTHE = rotate(heads(self.query(x_BTD)), rotation)
+    key_BTKE = rotate(heads(self.key(x_BTD)), rotation)
+    value_BTKE = heads(self.value(x_BTD))
+    parts = [*cache, Keys(key_BTKE, value_BTKE, mask_BTT)]
+    out = self.out(attention(query_BTHE, parts).reshape(B, T, -1))
+    return out, (key_BTKE, value_BTKE)
+
+
+class MLP(nnx.Module):
+  """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+  def __init__(self, config: ModelConfig, key: jax.Array):
+    gate, up, down = jax.random.split(key, 3)
+    D, F, std = config.width, config.mlp_width, config.initializer_range
+    self.gate = Linear(gate, (D, F), ("embed", "mlp"), std=std)
+    self.up = Linear(up, (D, F), ("embed", "mlp"), std=std)
+    self.down = Linear(down, (F, D), ("mlp", "embed"), std=std)
+
+  def __call__(self, x_BTD):
+    return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Block(nnx.Module):
+  def __init__(self, config: ModelConfig, key: jax.Array):
+    attention_key, mlp_key = jax.random.split(key)
+    self.attention_norm = RMSNorm(config.width, config.norm_epsilon)
+    self.attention = Attention(config, attention_key)
+    self.mlp_norm = RMSNorm(config.width, config.norm_epsilon)
+    self.mlp = MLP(config, mlp_key)
+
+  def __call__(self, x_BTD, rotation, mask_BTT, cache=()):
+    out, key_value = self.attention(
+      self.attention_norm(x_BTD), rotation, mask_BTT, cache
+    )
+    x_BTD = x_BTD + out
+    return x_BTD + self.mlp(self.mlp_norm(x_BTD)), key_value
+
+
+class Policy(nnx.Module):
+  """A language model: tokens -> hidden states -> logits.
+
+  Args:
+    config: the family's numbers.
+    key: random key of the fresh weights.
+    eos_ids: the tokens that end a response.
+    mesh: where activations lie; None for a single device.
+    dtype: of activations; parameters stay float32 masters.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    key: jax.Array,
+    *,
+    eos_ids: tuple[int, ...] = (),
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.float32,
+  ):
+    embedding_key, unembedding_key, layers_key = jax.random.split(key, 3)
+    self.config, self.eos_ids, self.mesh = config, tuple(eos_ids), mesh
+    self.dtype = jnp.dtype(dtype)
+    shape, std = (config.vocab_size, config.width), config.initializer_range
+
+    def table(key):
+      return nnx.Param(std * jax.random.normal(key, shape), axes=("vocab", "embed"))
+
+    self.embedding = table(embedding_key)
+    self.layers = nnx.data(
+      jax.vmap(lambda key: Block(config, key))(
+        jax.random.split(layers_key, config.num_layers)
+      )
+    )
+    self.final_norm = RMSNorm(config.width, config.norm_epsilon)
+    self.untied = None if config.tie_embeddings else table(unembedding_key)
+
+  @property
+  def unembedding(self) -> jax.Array:
+    """[V, D] in the activations' dtype."""
+    table = self.embedding if self.untied is None else self.untied
+    return table[...].astype(self.dtype)
+
+  def hidden(
+    self,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+    *,
+    cache: tuple[Keys, ...] = (),
+    remat: bool = False,
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Final hidden states, after the last norm.
+
+    Args:
+      tokens_BT: int32.
+      positions_BT: int32, for the rotary embedding.
+      segment_ids_BT: a token attends to earlier columns of its own segment; 0 is
+        padding. All one segment where it is None.
+      cache: further keys to attend to: key and value [L, C, S, K, E], mask [C, 1, S].
+      remat: recompute each layer in the backward pass instead of keeping it.
+
+    Returns:
+      hidden [B, T, D], and the new (keys, values), each [L, B, T, K, E].
+    """
+    T = tokens_BT.shape[1]
+    mask_BTT = jnp.tril(jnp.ones((T, T), bool))[None]
+    if segment_ids_BT is not None:
+      mask_BTT &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    else:
+      mask_BTT = jnp.broadcast_to(mask_BTT, (tokens_BT.shape[0], T, T))
+    rotation = rotary(positions_BT, self.config.head_dim, self.config.rope_theta)
+    x_BTD = self.embedding[...][tokens_BT].astype(self.dtype)
+    x_BTD = sharding.constrain(x_BTD, self.mesh, "batch", None, None)
+
+    def layer(x_BTD, inputs):
+      block, keys_values = inputs
+      parts = [
+        Keys(key, value, part.mask)
+        for part, (key, value) in zip(cache, keys_values, strict=True)
+      ]
+      x_BTD, key_value = block(x_BTD, rotation, mask_BTT, parts)
+      return sharding.constrain(x_BTD, self.mesh, "batch", None, None), key_value
+
+    if remat:
+      layer = jax.checkpoint(layer)
+    keys_values = [(part.key, part.value) for part in cache]
+    x_BTD, new = jax.lax.scan(layer, x_BTD, (self.layers, keys_values))
+    return self.final_norm(x_BTD), new
+
+  def project(self, hidden: jax.Array) -> jax.Array:
+    """Logits of hidden states: [..., D] -> [..., V] float32."""
+    return jnp.einsum(
+      "...d,vd->...v", hidden, self.unembedding, preferred_element_type=jnp.float32
+    )
+
+  def logits(
+    self,
+    tokens: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+  ) -> jax.Array:
+    """Next-token logits of whole sequences.
+
+    Args:
+      tokens: [B, T] int32.
+      positions: [B, T]; 0, 1, 2, … where it is None.
+      segment_ids: [B, T]; 0 is padding; one segment where it is None.
+
+    Returns:
+      [B, T, V] float32.
+    """
+    if positions is None:
+      positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return self.project(self.hidden(tokens, positions, segment_ids)[0])
+
+
+def rotary(positions_BT, head_dim, theta):
+  """cos and sin [B, T, 1, E/2] of the rotary embedding, float32."""
+  # On the host: powers on an accelerator err by more than the rounding to float32, and
+  # at position 30,000 an error of 1e-6 turns a head by 2 degrees.
+  frequencies = np.float32(theta ** (-np.arange(0, head_dim, 2) / head_dim))
+  angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTHE, rotation):
+  """Rotates the two halves of each head against each other (the HF layout)."""
+  cos, sin = rotation
+  first, second = jnp.split(x_BTHE.astype(jnp.float32), 2, axis=-1)
+  out = jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )
+  return out.astype(x_BTHE.dtype)

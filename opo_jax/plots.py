@@ -1,0 +1,618 @@
+"""A finished (or half finished) run directory as pictures and one HTML page.
+
+Reads the files that training left behind, `metrics.jsonl` above all, and imports
+neither JAX nor anything else of this project: a report can be made on a laptop from
+a copied directory. What a run did not measure is left out of the page; nothing is
+drawn as zero because it is missing.
+"""
+
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+# The gap between the log-probs of sampler and learner that float rounding explains.
+GAP_BOUND = 1e-4
+# Smaller gaps, exact zeros above all, are drawn here: a log axis would lose them.
+GAP_FLOOR = 1e-9
+
+# Okabe and Ito's palette, which every common colour vision tells apart.
+BLUE, ORANGE, GREEN = "#1A80BF", "#E69F00", "#009E73"
+VERMILION, PURPLE, SKY, GREY = "#D55E00", "#CC79A7", "#56B4E9", "#8A8F98"
+RUN_COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY)
+INK = "#1c2127"
+DASHED = (0, (4, 3))
+
+STYLE = {
+  "text.color": INK,
+  "text.parse_math": False,  # labels come from the run: a "$" is a dollar
+  "axes.labelcolor": INK,
+  "axes.edgecolor": "#7b838c",
+  "axes.grid": True,
+  "axes.axisbelow": True,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "grid.color": "#e3e6ea",
+  "grid.linewidth": 0.6,
+  "font.family": "DejaVu Sans",  # ships with matplotlib: same picture everywhere
+  "font.size": 10.5,
+  "legend.fontsize": 9.5,
+  "legend.frameon": False,
+  "legend.columnspacing": 1.0,
+  "lines.linewidth": 1.8,
+  "savefig.dpi": 180,
+}
+
+Row = dict[str, Any]
+Draw = Callable[[Axes], None]
+Panel = Callable[[list[Row]], list[Draw]]  # one drawing, one a benchmark, or none
+
+
+def report(run_dir: str | Path) -> Path:
+  """Writes `figures/*.png` and the self-contained `report.html` of a run.
+
+  Args:
+    run_dir: holds `metrics.jsonl`, and `config.json`, `run.json`, `warm_start.jsonl`
+      and `samples.jsonl` where they exist. The run may be unfinished: a last line
+      that was cut off by a kill is ignored.
+
+  Returns:
+    The path of `report.html`, which holds every figure inside itself.
+
+  Raises:
+    ValueError: no `metrics.jsonl`, none of its lines complete, or a broken line
+      that is not the last one.
+  """
+  run_dir = Path(run_dir)
+  rows = read_metrics(run_dir)
+  config = _read_json(run_dir / "config.json")
+  warm_start = _read_lines(run_dir / "warm_start.jsonl")
+
+  figures = []
+  (run_dir / "figures").mkdir(exist_ok=True)
+  for chart in CHARTS:
+    image = _render(chart, warm_start if chart.name == "warm_start" else rows)
+    if image:
+      (run_dir / "figures" / f"{chart.name}.png").write_bytes(image)
+      figures.append((chart, base64.b64encode(image).decode("ascii")))
+
+  # Chainable: a run may lack its config, or an old one a part of it.
+  html = jinja2.Environment(
+    autoescape=True, trim_blocks=True, undefined=jinja2.ChainableUndefined
+  )
+  template = Path(__file__).with_name("report.html.jinja").read_text("utf-8")
+  page = html.from_string(template).render(
+    name=config.get("experiment") or run_dir.resolve().name,
+    config=config,
+    config_text=json.dumps(config, indent=2, ensure_ascii=False),
+    run=_read_json(run_dir / "run.json"),
+    headlines=_headlines(rows, config, warm_start),
+    tables=[_pass_table(rows, benchmark) for benchmark in _benchmarks(rows)],
+    figures=figures,
+    examples=_examples(_read_lines(run_dir / "samples.jsonl")),
+  )
+  path = run_dir / "report.html"
+  # A byte-level tokenizer can leave half a character in a response: show a "?".
+  path.write_bytes(page.encode("utf-8", errors="replace"))
+  return path
+
+
+def compare_figure(run_dirs: dict[str, Path], out: Path) -> Path:
+  """Draws reward, held-out pass@1, entropy and response length of several runs.
+
+  Args:
+    run_dirs: label shown in the legend -> run directory, in drawing order.
+    out: picture to write; its suffix (.png, .svg, .pdf) decides the format.
+
+  Returns:
+    `out`. One panel for each quantity, and for each benchmark, that a run measured.
+
+  Raises:
+    ValueError: no run, or more than there are colours; a run without readable
+      `metrics.jsonl`; or none of the quantities measured.
+  """
+  if not 1 <= len(run_dirs) <= len(RUN_COLORS):
+    raise ValueError(
+      f"{len(run_dirs)} runs to compare; give at least one and at most "
+      f"{len(RUN_COLORS)}, as many as there are colours"
+    )
+  runs = {label: read_metrics(path) for label, path in run_dirs.items()}
+  every_row = [row for rows in runs.values() for row in rows]
+  panels = [
+    ("reward/mean", "training reward (mean)"),
+    *((f"eval/{b}/pass@1", f"{b}, pass@1 (%)") for b in _benchmarks(every_row)),
+    ("policy/entropy", "entropy (nats per token)"),
+    ("response_length/mean", "response length (tokens)"),
+  ]
+  panels = [(key, ylabel) for key, ylabel in panels if any(key in r for r in every_row)]
+  if not panels:
+    raise ValueError(
+      "none of the runs holds reward/mean, eval/*/pass@1, policy/entropy or "
+      "response_length/mean; train one step first"
+    )
+
+  window = max(_window(rows) for rows in runs.values())
+  xlabel = "RL step" if window == 1 else f"RL step (bold: mean of {window})"
+  last_step = max(row["step"] for row in every_row)
+  out = Path(out)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  with matplotlib.rc_context(STYLE):
+    columns, height = min(2, len(panels)), math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(4.9 * columns, 2.9 * height + 0.5), layout="constrained")
+    axes = figure.subplots(height, columns, squeeze=False).ravel()
+    for ax, (key, ylabel) in zip(axes, panels, strict=False):
+      for color, rows in zip(RUN_COLORS, runs.values(), strict=False):
+        if key.startswith("eval/"):
+          _percent_curve(ax, [(r["step"], r, key) for r in rows if key in r], color)
+        else:
+          _curve(ax, *_series(rows, key), color, window)
+      _step_axis(ax, last_step)
+      ax.set(xlabel=xlabel, ylabel=ylabel)
+    for ax in axes[len(panels) :]:
+      ax.remove()
+    named = zip(RUN_COLORS, runs, strict=False)
+    handles = [Line2D([], [], color=color, label=label) for color, label in named]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4)
+    figure.savefig(out)
+  return out
+
+
+def read_metrics(run_dir: str | Path) -> list[Row]:
+  """The complete lines of `metrics.jsonl`, sorted by step, null and NaN left out.
+
+  Returns:
+    One dict for each line, at least one. Step 0 is the evaluation of the start model.
+
+  Raises:
+    ValueError: the file is missing or has no complete line, or a line other than
+      the last is not a JSON object with a `step`.
+  """
+  path = Path(run_dir) / "metrics.jsonl"
+  rows = _read_lines(path)
+  if not rows:
+    raise ValueError(
+      f"{path} is missing or holds no complete line yet; train at least one step "
+      f"(make train RUN={run_dir}) or name another run directory"
+    )
+  return rows
+
+
+# Reading ------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> Row:
+  """The object, {} without the file."""
+  return json.loads(path.read_bytes()) if path.is_file() else {}
+
+
+def _read_lines(path: Path) -> list[Row]:
+  """JSON lines sorted by step; [] without the file. Only the last may be cut off."""
+  lines = path.read_bytes().rstrip().split(b"\n") if path.is_file() else []
+  rows = []
+  for number, line in enumerate(lines, start=1):
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line, parse_constant=lambda name: None)
+    except ValueError as error:  # UnicodeDecodeError is one: a cut inside a character
+      if number == len(lines):
+        break
+      raise ValueError(
+        f"{path}, line {number} is not JSON ({error}); only the last line may be cut "
+        "off: remove or mend this one"
+      ) from None
+    if not isinstance(row, dict) or "step" not in row:
+      raise ValueError(f'{path}, line {number}: expected an object with a "step"')
+    rows.append({key: value for key, value in row.items() if value is not None})
+  return sorted(rows, key=lambda row: row["step"])
+
+
+def _series(rows: list[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
+  """Steps and values of the rows that have measured `key`."""
+  points = [(row["step"], row[key]) for row in rows if key in row]
+  steps, values = np.array(points, np.float64).reshape(-1, 2).T
+  return steps, values
+
+
+def _benchmarks(rows: list[Row]) -> dict[str, list[int]]:
+  """Benchmark -> every k with a measured pass@k."""
+  keys = {key for row in rows for key in row}
+  found = [m for key in keys if (m := re.fullmatch(r"eval/(.+)/pass@(\d+)", key))]
+  names = sorted({m[1] for m in found})
+  return {name: sorted(int(m[2]) for m in found if m[1] == name) for name in names}
+
+
+def _ends(rows: list[Row], benchmark: str) -> list[tuple[str, Row]]:
+  """The evaluation before the first RL step and the last one after it, with names."""
+  evaluated = [row for row in rows if f"eval/{benchmark}/pass@1" in row]
+  start = [("start", row) for row in evaluated[:1] if row["step"] == 0]
+  final = [(f"step {r['step']}", r) for r in evaluated[-1:] if r["step"] > 0]
+  return start + final
+
+
+# Drawing ------------------------------------------------------------------------
+
+
+class Chart:
+  """One picture of the report: panels stacked over a common x axis."""
+
+  def __init__(
+    self, name: str, title: str, caption: str, *panels: Panel, xlabel: str = "RL step"
+  ):
+    self.name, self.title, self.caption = name, title, caption
+    self.panels, self.xlabel = panels, xlabel
+
+
+def _render(chart: Chart, rows: list[Row]) -> bytes | None:
+  """The picture as PNG; None if the rows hold nothing to draw."""
+  draws = [draw for panel in chart.panels for draw in panel(rows)]
+  if not draws:
+    return None
+  with matplotlib.rc_context(STYLE):
+    size = 5.6, max(4.2, 2.1 * len(draws))  # inches: two side by side at 1200 px
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(draws), 1, sharex=True, squeeze=False).ravel()
+    for ax, draw in zip(axes, draws, strict=True):
+      _step_axis(ax, rows[-1]["step"])
+      draw(ax)
+      # Above the axes, where it cannot cover a curve.
+      ax.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), borderaxespad=0.2, ncols=5)
+    axes[-1].set_xlabel(chart.xlabel)
+    figure.align_ylabels()
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+  return image.getvalue()
+
+
+def _lines(
+  ylabel: str, *curves: tuple[str, str, str], scale: float = 1, log_bound: float = 0
+) -> Panel:
+  """Curves over steps, each a (key in the metrics, label, colour).
+
+  The axis holds zero, or, with a bound, is logarithmic; then nothing is smoothed.
+  """
+
+  def panel(rows: list[Row]) -> list[Draw]:
+    measured = [curve for curve in curves if any(curve[0] in row for row in rows)]
+
+    def draw(ax: Axes) -> None:
+      lowest = np.inf
+      for key, label, color in measured:
+        steps, values = _series(rows, key)
+        values = np.maximum(values, GAP_FLOOR) if log_bound else scale * values
+        _curve(ax, steps, values, color, 1 if log_bound else _window(rows), label)
+        lowest = min(lowest, values.min())
+      if log_bound:
+        label = f"bound {log_bound:.0e}"
+        ax.axhline(log_bound, color=INK, ls=DASHED, lw=1.1, label=label)
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:.0e}")
+      elif lowest < 0:
+        ax.axhline(0, color=INK, lw=0.9)
+      else:
+        ax.set_ylim(bottom=0)
+      ax.set_ylabel(ylabel)
+
+    return [draw] if measured else []
+
+  return panel
+
+
+def _curve(
+  ax: Axes, steps: np.ndarray, values: np.ndarray, color: str, window: int, label=None
+) -> None:
+  """One quantity over steps; with a window the raw curve stays, faint, behind."""
+  if window > 1:
+    ax.plot(steps, values, color=color, alpha=0.28, lw=0.8)
+    values = _smoothed(steps, values, window)
+  marker = "o" if len(steps) <= 12 else None  # a single point has no line
+  ax.plot(steps, values, color=color, label=label, marker=marker)
+
+
+def _percent_curve(
+  ax: Axes, points: list[tuple[float, Row, str]], color: str, label=None, ls="-"
+) -> None:
+  """row[key] in percent over x for each (x, row, key), with its interval as a band."""
+  xs = [x for x, _, _ in points]
+  values, low, high = (
+    np.array([100 * row.get(f"{key}{end}", np.nan) for _, row, key in points])
+    for end in ("", "_low", "_high")
+  )
+  ax.plot(xs, values, color=color, ls=ls, marker="o", label=label)
+  ax.fill_between(xs, low, high, color=color, alpha=0.16, lw=0)
+  ax.vlines(xs, low, high, color=color, alpha=0.3, lw=1)
+
+
+def _held_out(rows: list[Row]) -> list[Draw]:
+  """pass@1 and the largest pass@k of each benchmark over the steps."""
+  if rows[-1]["step"] == 0:
+    return []  # the start model alone is a single point: the table says it better
+
+  def draw(ax: Axes, benchmark: str) -> None:
+    tries = _benchmarks(rows)[benchmark]
+    for k, color in zip(sorted({1, tries[-1]}), (BLUE, ORANGE), strict=False):
+      key = f"eval/{benchmark}/pass@{k}"
+      points = [(row["step"], row, key) for row in rows if key in row]
+      _percent_curve(ax, points, color, f"pass@{k}")
+      step, row, _ = points[0]
+      if step == 0:
+        label = f"start {_percent(row, key)} %"
+        ax.axhline(100 * row[key], color=color, ls=DASHED, lw=1.1, label=label)
+    ax.set_ylabel(f"{benchmark}, pass@k (%)")
+
+  return [lambda ax, name=name: draw(ax, name) for name in _benchmarks(rows)]
+
+
+def _pass_at_k(rows: list[Row]) -> list[Draw]:
+  """pass@k over k, of the start model and of the last evaluation."""
+
+  def draw(ax: Axes, benchmark: str) -> None:
+    tries = _benchmarks(rows)[benchmark]
+    for name, row in _ends(rows, benchmark):
+      keys = [f"eval/{benchmark}/pass@{k}" for k in tries]
+      points = [(x, row, key) for x, key in enumerate(keys) if key in row]
+      color, ls = (GREY, "--") if name == "start" else (BLUE, "-")
+      _percent_curve(ax, points, color, name, ls)
+    ax.set_xticks(range(len(tries)), [str(k) for k in tries])
+    ax.set_xlim(-0.3, len(tries) - 0.7)
+    ax.set_ylabel(f"{benchmark}, pass@k (%)")
+
+  several = [name for name, tries in _benchmarks(rows).items() if len(tries) > 1]
+  return [lambda ax, name=name: draw(ax, name) for name in several]
+
+
+def _step_time(rows: list[Row]) -> list[Draw]:
+  """Seconds of a step, its phases stacked; what no phase has timed is the rest."""
+  timed = [row for row in rows if "time/step_s" in row]
+  if not timed:
+    return []
+  colors = {"rollout": BLUE, "reward": ORANGE, "update": GREEN, "measure": PURPLE}
+  names = [name for name in colors if any(f"time/{name}_s" in row for row in timed)]
+  steps, total = _series(timed, "time/step_s")
+  phases = [[row.get(f"time/{name}_s", 0) for row in timed] for name in names]
+  tops = np.cumsum([np.zeros_like(total), *phases], axis=0)
+  tops = [*tops, np.maximum(total, tops[-1])]
+
+  def draw(ax: Axes) -> None:
+    edges = [*(steps - 0.5), steps[-1] + 0.5]
+    for i, name in enumerate([*names, "rest"]):
+      color = colors.get(name, GREY)
+      ax.stairs(tops[i + 1], edges, baseline=tops[i], fill=True, fc=color, label=name)
+    # Compilation makes a few steps so long that the others would not be seen.
+    ax.set_ylim(0, 1.5 * np.quantile(total, 0.95))
+    ax.set_ylabel("time per step (s)")
+
+  return [draw]
+
+
+def _step_axis(ax: Axes, last_step: float) -> None:
+  # The same range in every figure of a run, so that they can be read across.
+  pad = max(0.5, 0.02 * last_step)
+  ax.set_xlim(-pad, last_step + pad)
+  ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def _window(rows: list[Row]) -> int:
+  """Odd number of steps to average over; 1 (no smoothing) for a short run."""
+  last_step = rows[-1]["step"]
+  return 1 if last_step < 30 else 2 * max(1, round(last_step / 50)) + 1
+
+
+def _smoothed(steps: np.ndarray, values: np.ndarray, window: int) -> np.ndarray:
+  """Mean of what was measured within a window of steps centred on each point."""
+  sums = np.concatenate([[0.0], np.cumsum(values)])
+  low = np.searchsorted(steps, steps - window // 2, side="left")
+  high = np.searchsorted(steps, steps + window // 2, side="right")
+  return (sums[high] - sums[low]) / (high - low)
+
+
+# The figures of the report ------------------------------------------------------
+
+CHARTS = (
+  Chart(
+    "reward",
+    "Reward and held-out accuracy",
+    "The training reward should rise. On held-out problems the curve should leave the "
+    "dashed line of the start model by more than its band (95 % interval).",
+    _lines("mean reward", ("reward/mean", "training reward", GREEN)),
+    _held_out,
+  ),
+  Chart(
+    "pass_at_k",
+    "pass@k, start and final",
+    "Right at least once in k tries. A gain at k = 1 that turns into a loss at large k "
+    "means that the policy has become narrower, not more able.",
+    _pass_at_k,
+    xlabel="k, tries per problem",
+  ),
+  Chart(
+    "entropy",
+    "Entropy of the policy",
+    "How undecided the policy is about the next token. A slow decline is normal; a "
+    "fall towards zero is collapse: all answers to a prompt become the same.",
+    _lines("entropy (nats per token)", ("policy/entropy", "entropy", BLUE)),
+  ),
+  Chart(
+    "kl_to_start",
+    "KL to the start model",
+    "How far the policy has moved from where it began. For the same accuracy, less is "
+    "better; a sudden rise usually comes before trouble.",
+    _lines("KL (nats per token)", ("policy/kl_to_start", "KL to start", PURPLE)),
+  ),
+  Chart(
+    "response_length",
+    "Response length and truncation",
+    "Where wrong answers are longer, the length-weighted baseline differs from the "
+    "mean. Few should be cut off, and fewer defeat the verifier (unscorable).",
+    _lines(
+      "length (tokens)",
+      ("response_length/correct_mean", "right", GREEN),
+      ("response_length/wrong_mean", "wrong", VERMILION),
+      ("response_length/mean", "all", INK),
+    ),
+    _lines(
+      "responses (%)",
+      ("response_length/truncated_fraction", "truncated", ORANGE),
+      ("reward/unscorable_fraction", "unscorable", GREY),
+      scale=100,
+    ),
+  ),
+  Chart(
+    "baseline",
+    "What the OPO baseline changes",
+    "Below zero, the long answers of a group are the worse ones. Groups whose rewards "
+    "are all equal teach nothing; many of them: prompts too easy or too hard.",
+    _lines("reward", ("baseline/opo_minus_mean", "OPO minus group mean", BLUE)),
+    _lines(
+      "groups (%)",
+      ("groups/zero_advantage_fraction", "with zero advantage", ORANGE),
+      scale=100,
+    ),
+  ),
+  Chart(
+    "on_policy_gap",
+    "Sampler and learner: log-prob difference",
+    "With one update a batch this is float rounding, below the dashed bound; above it, "
+    "the two are not the same policy. Exact equality is drawn at 1e-9.",
+    _lines(
+      "|Δ log-prob| (nats)",
+      ("onpolicy/logprob_diff_max", "largest token", VERMILION),
+      ("onpolicy/logprob_diff_mean", "mean over tokens", BLUE),
+      log_bound=GAP_BOUND,
+    ),
+  ),
+  Chart(
+    "gradient_norm",
+    "Gradient norm",
+    "It should stay in one range; lone spikes are harmless, a trend upwards is not.",
+    _lines("global norm of the gradient", ("grad_norm", "gradient norm", BLUE)),
+  ),
+  Chart(
+    "time",
+    "Time and throughput",
+    "Where a step spends its time, evaluation left out. A growing rest is overhead of "
+    "the host; a step that leaves the picture at the top is usually compilation.",
+    _step_time,
+    _lines("tokens / s", ("throughput/tokens_per_s", "throughput", SKY)),
+  ),
+  Chart(
+    "warm_start",
+    "Before RL: supervised warm start",
+    "Not RL: imitation of given answers before the first RL step, which makes the "
+    "start model of the other figures. The loss should fall and level off.",
+    _lines("supervised loss (nats per token)", ("loss", "warm start loss", PURPLE)),
+    xlabel="warm start step (not RL)",
+  ),
+)
+
+
+# The words and numbers of the report --------------------------------------------
+
+
+def _headlines(
+  rows: list[Row], config: Row, warm_start: list[Row]
+) -> list[tuple[str, str, str]]:
+  """Label, value and note of each figure on top; without the loss, on purpose."""
+  cards = []
+  for name in _benchmarks(rows):
+    key = f"eval/{name}/pass@1"
+    ends = _ends(rows, name)
+    value = " → ".join(_percent(row, key) for _, row in ends) + " %"
+    note = " → ".join(f"{end} {_interval(row, key)}" for end, row in ends)
+    cards.append((f"{name}, pass@1", value, note))
+
+  gaps = _series(rows, "onpolicy/logprob_diff_max")[1]
+  if len(gaps):
+    note = f"nats; above {GAP_BOUND:g} at {sum(gaps > GAP_BOUND)} of {len(gaps)} steps"
+    cards.append(("Largest log-prob gap", _number(gaps.max()), note))
+  for key, label, ends in (
+    ("policy/kl_to_start", "KL to start", [-1]),
+    ("policy/entropy", "Entropy", [0, -1]),
+  ):
+    steps, values = _series(rows, key)
+    if len(values):
+      note = "nats per token, step " + " → ".join(f"{steps[i]:.0f}" for i in ends)
+      cards.append((label, " → ".join(_number(values[i]) for i in ends), note))
+  if rows[-1]["step"]:
+    note = f"of {config['steps']:,} configured" if "steps" in config else ""
+    cards.append(("RL steps", f"{rows[-1]['step']:,}", note))
+  seconds = {
+    "RL": _series(rows, "time/step_s")[1].sum(),
+    "evaluation": _series(rows, "time/eval_s")[1].sum(),
+    "warm start": _series(warm_start, "time/step_s")[1].sum(),
+  }
+  if any(seconds.values()):
+    parts = [f"{name} {_duration(spent)}" for name, spent in seconds.items() if spent]
+    cards.append(("Time", _duration(sum(seconds.values())), ", ".join(parts)))
+  speed = _series(rows, "throughput/tokens_per_s")[1]
+  if len(speed):
+    note = "tokens/s, median of the steps"
+    cards.append(("Throughput", _number(float(np.median(speed))), note))
+  return cards
+
+
+def _pass_table(rows: list[Row], benchmark: str) -> dict[str, Any]:
+  """Start and final model as lines: a name, then (value, interval) of each column."""
+  columns = {f"pass@{k}": (f"pass@{k}", 100) for k in _benchmarks(rows)[benchmark]}
+  columns["truncated"] = "truncated_fraction", 100
+  columns["unscorable"] = "unscorable_fraction", 100
+  columns["length (tokens)"] = "response_length", 1
+  lines = []
+  for name, row in _ends(rows, benchmark):
+    keys = [(f"eval/{benchmark}/{key}", scale) for key, scale in columns.values()]
+    texts = [f"{scale * row[key]:.1f}" if key in row else "" for key, scale in keys]
+    intervals = [_interval(row, key) for key, _ in keys]
+    lines.append((name, list(zip(texts, intervals, strict=True))))
+  return {"benchmark": benchmark, "titles": list(columns), "lines": lines}
+
+
+def _examples(samples: list[Row]) -> list[tuple[str, Row]]:
+  """(verdict, sample): of each verdict one early, one in the middle and one late."""
+
+  def verdict(sample: Row) -> str:
+    if "reward" not in sample:
+      return "unscorable"
+    return "right" if sample["reward"] > 0.5 else "wrong"
+
+  thirds = np.array_split(sorted({sample["step"] for sample in samples}), 3)
+  examples = []
+  for i, steps in enumerate(thirds):
+    for name in ("right", "wrong", "unscorable"):
+      found = [s for s in samples if s["step"] in steps and verdict(s) == name]
+      if found:
+        examples.append((name, found[i * (len(found) - 1) // 2]))
+  return examples
+
+
+def _percent(row: Row, key: str) -> str:
+  return f"{100 * row[key]:.1f}"
+
+
+def _interval(row: Row, key: str) -> str:
+  if f"{key}_low" not in row:
+    return ""
+  # The space does not break, so that an interval stays on one line.
+  return f"[{_percent(row, f'{key}_low')},\u00a0{_percent(row, f'{key}_high')}]"
+
+
+def _number(value: float) -> str:
+  return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+  if seconds < 60:
+    return f"{seconds:.3g} s"
+  minutes = round(seconds / 60)
+  return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

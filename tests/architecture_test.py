@@ -1,0 +1,174 @@
+"""The house holds its plan: who may import whom, and what stays light."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "opo_jax"
+
+# Room -> the rooms it may import; nothing else may. A package's name stands for all of
+# its rooms; rooms of one package are listed where they use each other. Rooms that are
+# planned and not built yet stand here too, so that they are built where they belong.
+MAY_IMPORT = {
+  "__main__": {"loop", "evaluation", "planning", "plots", "variance", "models.hf"}
+  | {"config"},  # the command line parses flags over it
+  "loop": {"build", "data", "rewards", "packing", "evaluation", "checkpoint"}
+  | {"metrics", "sharding", "config"},
+  "planning": {"build", "sharding", "config"},
+  "variance": {"build", "advantages", "losses"},
+  "build": {"models", "sampler", "trainer", "advantages", "sharding", "config"}
+  | {"rollouts"},  # demonstrations are made into rollouts here
+  "sampler": {"models", "rollouts", "sharding"},
+  "trainer": {"losses", "logprobs", "advantages", "rollouts"},
+  "evaluation": {"rollouts", "models"},
+  "rewards.reward_model": {"rollouts", "models"},
+  "models.transformer": {"sharding", "models.attention", "models.config"},
+  "models.hf": {"sharding", "models.config", "models.transformer"},
+  "models.attention": set(),
+  "data.sources": {"data.prompts", "data.arithmetic"},
+  "data.arithmetic": {"data.prompts"},
+  "checkpoint": set(),
+  # Leaves take arrays and plain numbers.
+  "advantages": set(),
+  "losses": set(),
+  "logprobs": set(),
+  "rollouts": set(),
+  "packing": set(),
+  "sharding": set(),
+  "config": set(),
+  "metrics": set(),
+  "plots": set(),
+  "models.config": set(),
+  "data.prompts": set(),
+  "rewards.math_verifier": set(),
+}
+FACES = {
+  "": set(),
+  "models": {"models.config", "models.hf", "models.transformer"},
+  "data": set(),
+  "rewards": {"rewards.math_verifier"},
+}
+
+
+def rooms():
+  for path in sorted(PACKAGE.rglob("*.py")):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    yield ".".join(parts).removesuffix("__init__").removesuffix("."), path
+
+
+def imports_of(path):
+  """Rooms that a file imports, wherever in it the import stands."""
+  names = {name for name, _ in rooms()}
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      modules = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{path}: imports are absolute"
+      module = node.module or ""
+      modules = [f"{module}.{alias.name}" for alias in node.names]
+      # `from opo_jax.data import sources` is a room, `from …plots import report` not.
+      modules = [m if m.removeprefix("opo_jax.") in names else module for m in modules]
+    else:
+      continue
+    found |= {
+      m.removeprefix("opo_jax").removeprefix(".")
+      for m in modules
+      if m.split(".")[0] == "opo_jax"
+    }
+  return found
+
+
+@pytest.mark.parametrize(
+  ("room", "path"), list(rooms()), ids=lambda value: str(value)[-30:]
+)
+def test_a_room_imports_only_what_the_plan_allows(room, path):
+  allowed = FACES[room] if path.name == "__init__.py" else MAY_IMPORT[room]
+  too_many = {
+    name
+    for name in imports_of(path)
+    if name not in allowed and name.split(".")[0] not in allowed
+  }
+  assert not too_many, f"{room or 'opo_jax'} may not import {sorted(too_many)}"
+
+
+def test_a_forbidden_import_is_seen(tmp_path):
+  file = tmp_path / "leaf.py"
+  file.write_text(
+    "def f():\n  from opo_jax.data import sources\n  import opo_jax.loop\n"
+  )
+  assert imports_of(file) == {"data.sources", "loop"}
+
+
+def test_only_sharding_and_the_command_line_ask_for_devices():
+  allowed = {"sharding", "__main__"}
+  asking = {
+    name
+    for name, path in rooms()
+    if any(
+      isinstance(node, ast.Attribute) and node.attr in ("devices", "local_devices")
+      and isinstance(node.value, ast.Name) and node.value.id == "jax"
+      for node in ast.walk(ast.parse(path.read_text()))
+    )
+  }  # fmt: skip
+  assert asking <= allowed
+
+
+def test_only_build_loop_planning_and_the_command_line_know_the_config():
+  knowing = {name for name, path in rooms() if "config" in imports_of(path)}
+  assert knowing <= {"build", "loop", "planning", "__main__"}
+
+
+def test_every_config_field_is_read():
+  """As an attribute, in one of the rooms that know the config."""
+  import dataclasses
+
+  from opo_jax.config import Config
+
+  read = {
+    node.attr
+    for name in ("build", "loop", "__main__")
+    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text()))
+    if isinstance(node, ast.Attribute)
+  }
+
+  def fields(cls):
+    for field in dataclasses.fields(cls):
+      if dataclasses.is_dataclass(field.type):
+        yield from fields(field.type)
+      else:
+        yield field.name
+
+  # The experiment's name is read from config.json, by the report.
+  assert not set(fields(Config)) - read - {"experiment"}
+
+
+@pytest.mark.parametrize(
+  ("module", "absent"),
+  [
+    ("opo_jax", {"jax", "numpy"}),
+    ("opo_jax.config", {"jax", "numpy"}),
+    ("opo_jax.advantages", {"flax", "orbax", "transformers", "tensorflow_datasets"}),
+    ("opo_jax.losses", {"flax", "orbax", "transformers", "tensorflow_datasets"}),
+    ("opo_jax.logprobs", {"flax", "orbax", "transformers", "tensorflow_datasets"}),
+    ("opo_jax.rewards", {"jax", "sympy"}),
+    ("opo_jax.loop", {"tensorflow", "torch", "matplotlib"}),
+  ],
+)
+def test_importing_a_room_does_not_load_what_it_does_not_need(module, absent):
+  code = f"import sys, {module}; print(*sys.modules)"
+  output = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+  )
+  loaded = {name.split(".")[0] for name in output.stdout.split()}
+  assert not loaded & absent
+
+
+def test_no_room_is_called_utils_and_none_is_endless():
+  for name, path in rooms():
+    assert "util" not in name and "helper" not in name
+    assert len(path.read_text().splitlines()) <= 700, f"{name} holds two ideas"

@@ -1,0 +1,332 @@
+"""Sources are prepared once, without TensorFlow; streams resume and share exactly."""
+
+import collections
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import urllib.error
+
+import pytest
+
+from opo_jax.data import sources
+from opo_jax.data.prompts import Problem
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROWS = {
+  "train": [
+    ("How many eggs?\nTwo lines, “quoted”.", "16 - 3 = 13\n#### 13"),
+    ("How much does it cost?", "It costs $1,000 * 2.\n#### 2,000"),
+    ("How far below zero?", "Cold.\n#### -5"),
+  ],
+  "test": [("What is half of 37?", "37 / 2 = 18.5\n#### 18.5")],
+}
+
+
+def write_gsm8k(directory, rows=ROWS):
+  (directory / "gsm8k").mkdir(parents=True, exist_ok=True)
+  for split, pairs in rows.items():
+    lines = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in pairs]
+    (directory / "gsm8k" / f"{split}.jsonl").write_text("".join(lines))
+
+
+def prepared_directories(data_dir):
+  return {path.parent for path in data_dir.rglob("dataset_info.json")}
+
+
+@pytest.fixture
+def data_dir(tmp_path, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+  return tmp_path / "tfds"
+
+
+@pytest.fixture
+def small(tmp_path, data_dir, monkeypatch):
+  write_gsm8k(tmp_path / "raw")
+  monkeypatch.setenv("OPO_DATA_DIR", str(tmp_path / "raw"))
+  return tmp_path / "raw"
+
+
+def problems(n):
+  return [Problem(id=str(i), question=f"q{i}", answer=str(i)) for i in range(n)]
+
+
+# --- Sources ---
+
+
+def test_loaded_rows_are_those_of_the_file_in_order(small):
+  train = sources.load("gsm8k", "train")
+  assert list(train) == [
+    Problem("gsm8k/train/1", "How many eggs?\nTwo lines, “quoted”.", "13"),
+    Problem("gsm8k/train/2", "How much does it cost?", "2000"),
+    Problem("gsm8k/train/3", "How far below zero?", "-5"),
+  ]
+  assert [p.answer for p in sources.load("gsm8k", "test")] == ["18.5"]
+
+
+def test_loaded_split_is_indexed_like_a_list(small):
+  train = sources.load("gsm8k", "train")
+  as_list = list(train)
+  assert len(train) == 3
+  assert train[-1] == as_list[-1]
+  assert train[1:] == as_list[1:]
+  for index in (3, -4):
+    with pytest.raises(IndexError, match="of 3"):
+      train[index]
+
+
+def test_files_are_array_records(small, data_dir):
+  sources.load("gsm8k", "test")
+  (directory,) = prepared_directories(data_dir)
+  records = sorted(p.name for p in directory.glob("*.array_record*"))
+  assert len(records) == 2
+  assert not list(directory.glob("*.tfrecord*"))
+
+
+def test_second_load_prepares_nothing(small, data_dir):
+  sources.load("gsm8k", "train")
+  before = {p: p.stat().st_mtime_ns for p in data_dir.rglob("*") if p.is_file()}
+  assert len(sources.load("gsm8k", "train")) == 3
+  after = {p: p.stat().st_mtime_ns for p in data_dir.rglob("*") if p.is_file()}
+  assert before == after
+
+
+def test_edited_file_is_not_answered_with_old_rows(small):
+  assert sources.load("gsm8k", "test")[0].answer == "18.5"
+  write_gsm8k(small, {"test": [("New?", "Yes.\n#### 7")]})
+  assert sources.load("gsm8k", "test")[0].answer == "7"
+
+
+def test_process_that_prepares_second_uses_the_first_ones_data(small, monkeypatch):
+  parse, calls = sources._parse_gsm8k, []
+
+  def slow_parse(split, data):
+    calls.append(split)
+    if len(calls) == 1:  # Another process starts later and finishes first.
+      sources.load("gsm8k", "train")
+    return parse(split, data)
+
+  monkeypatch.setattr(sources, "_parse_gsm8k", slow_parse)
+  assert [p.answer for p in sources.load("gsm8k", "train")] == ["13", "2000", "-5"]
+  assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    "{not json",
+    '{"question": "q"}',
+    '{"question": "q", "answer": "no marker"}',
+    '{"question": "q", "answer": "####"}',
+    '{"question": 3, "answer": "#### 3"}',
+    "[]",
+  ],
+)
+def test_malformed_row_is_named_and_leaves_nothing_prepared(small, data_dir, line):
+  with (small / "gsm8k" / "test.jsonl").open("a") as file:
+    file.write(line + "\n")
+  with pytest.raises(ValueError, match=r"test\.jsonl line 2 .*expected.*####") as error:
+    sources.load("gsm8k", "train")
+  assert "\n" not in str(error.value)
+  assert not prepared_directories(data_dir)
+  assert not [p for p in data_dir.rglob("*incomplete*")]
+  write_gsm8k(small)
+  assert len(sources.load("gsm8k", "train")) == 3
+
+
+def test_missing_local_file_names_both_ways_out(tmp_path, data_dir, monkeypatch):
+  monkeypatch.setenv("OPO_DATA_DIR", str(tmp_path / "nowhere"))
+  with pytest.raises(ValueError, match=r"nowhere.*train\.jsonl.*unset OPO_DATA_DIR"):
+    sources.load("gsm8k", "train")
+
+
+def test_dead_network_names_both_ways_out(data_dir, monkeypatch):
+  def unreachable(url, timeout):
+    raise urllib.error.URLError("no route to host")
+
+  monkeypatch.delenv("OPO_DATA_DIR", raising=False)
+  monkeypatch.setattr(sources.urllib.request, "urlopen", unreachable)
+  with pytest.raises(ValueError, match="connect to the network, or set OPO_DATA_DIR"):
+    sources.load("gsm8k", "test")
+  assert not prepared_directories(data_dir)
+
+
+def test_download_with_another_checksum_is_refused(data_dir, tmp_path, monkeypatch):
+  path = tmp_path / "page.html"
+  path.write_text("<html>log in to the hotel's network</html>")
+  monkeypatch.delenv("OPO_DATA_DIR", raising=False)
+  monkeypatch.setattr(
+    sources.urllib.request, "urlopen", lambda url, timeout: path.open("rb")
+  )
+  with pytest.raises(ValueError, match="sha256"):
+    sources.load("gsm8k", "test")
+  assert not prepared_directories(data_dir)
+
+
+def test_unknown_names_list_the_near_and_the_existing(data_dir):
+  with pytest.raises(ValueError, match=r"did you mean gsm8k.*There are: gsm8k"):
+    sources.load("gsm8", "train")
+  with pytest.raises(ValueError, match=r"did you mean train.*There are: train, test"):
+    sources.load("gsm8k", "trian")
+
+
+def test_embedded_task_is_a_source_too(data_dir):
+  assert len(sources.load("arithmetic", "test")) > 0
+  assert not data_dir.exists()
+
+
+def test_loading_needs_no_tensorflow_and_prints_nothing(small, data_dir):
+  script = (
+    "import sys\n"
+    "from opo_jax.data import sources\n"
+    "early = {'tensorflow_datasets', 'transformers', 'jax'} & set(sys.modules)\n"
+    "assert not early, early\n"
+    "rows = list(sources.load('gsm8k', 'train'))\n"
+    "assert len(rows) == 3, rows\n"
+    "assert 'tensorflow_datasets' in sys.modules\n"
+    "assert 'tensorflow' not in sys.modules\n"
+    "assert 'jax' not in sys.modules\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", script],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_real_gsm8k_has_the_published_sizes_and_is_reused_offline(
+  data_dir, monkeypatch
+):
+  raw = os.environ.get("OPO_DATA_DIR")
+  if not raw or not (pathlib.Path(raw) / "gsm8k" / "train.jsonl").exists():
+    pytest.skip("needs the real GSM8K: set OPO_DATA_DIR to a directory with gsm8k/")
+  train, test = sources.load("gsm8k", "train"), sources.load("gsm8k", "test")
+  assert (len(train), len(test)) == (7473, 1319)
+  assert (test[0].id, test[0].answer) == ("gsm8k/test/1", "18")
+  assert len({p.id for p in train} | {p.id for p in test}) == 7473 + 1319
+  assert all(re.fullmatch(r"-?\d+(\.\d+)?", p.answer) for p in [*train, *test])
+  # The public files are the public data, wherever they were read from.
+  monkeypatch.delenv("OPO_DATA_DIR")
+  monkeypatch.setattr(sources.urllib.request, "urlopen", None)
+  assert sources.load("gsm8k", "test")[-1] == test[-1]
+
+
+# --- Streams ---
+
+
+@pytest.mark.parametrize("before", [0, 5, 6, 7, 13, 14, 20])
+def test_resumed_stream_equals_unbroken_stream(before):
+  # 7 problems: 7 and 14 are the borders of epochs, 20 is inside of the third.
+  unbroken = sources.ProblemStream(problems(7), seed=3)
+  unbroken.take(before)
+  state = json.loads(json.dumps(unbroken.state()))
+  resumed = sources.ProblemStream(problems(7), seed=3)
+  resumed.take(2)
+  resumed.restore(state)
+  assert resumed.state() == state
+  assert resumed.take(5) == unbroken.take(5)
+  assert resumed.take(17) == unbroken.take(17)
+
+
+def test_pieces_equal_one_long_take():
+  long = sources.ProblemStream(problems(5), seed=0).take(23)
+  stream = sources.ProblemStream(problems(5), seed=0)
+  assert [p for n in (1, 0, 9, 4, 9) for p in stream.take(n)] == long
+
+
+def test_every_epoch_holds_every_problem_once_in_an_order_of_its_own():
+  stream = sources.ProblemStream(problems(50), seed=1)
+  epochs = [tuple(stream.take(50)) for _ in range(4)]
+  assert all(set(epoch) == set(problems(50)) for epoch in epochs)
+  assert len({*epochs, tuple(problems(50))}) == 5
+
+
+def test_order_depends_on_the_seed_and_not_on_earlier_use():
+  first = sources.ProblemStream(problems(50), seed=1).take(50)
+  assert sources.ProblemStream(problems(50), seed=1).take(50) == first
+  assert sources.ProblemStream(problems(50), seed=2).take(50) != first
+
+
+def test_order_is_the_same_on_every_machine_and_version():
+  stream = sources.ProblemStream(problems(8), seed=7)
+  # Recorded once. Another order would put every saved run in another place.
+  assert "".join(p.id for p in stream.take(16)) == "0523476120356471"
+
+
+def test_hosts_share_an_epoch_without_overlap_and_change_it_together():
+  # 11 problems, 3 hosts: 3 each, 2 left out, others in another epoch.
+  hosts = [
+    sources.ProblemStream(problems(11), seed=5, host_index=h, host_count=3)
+    for h in range(3)
+  ]
+  left_out = set()
+  for _ in range(6):
+    taken = [p for host in hosts for p in host.take(3)]
+    assert len(set(taken)) == 9
+    left_out |= set(problems(11)) - set(taken)
+    assert len({json.dumps(host.state()) for host in hosts}) == 1
+  assert len(left_out) > 2
+
+
+def test_hosts_take_the_places_of_one_permutation_in_turn():
+  whole = sources.ProblemStream(problems(12), seed=5).take(12)
+  for h in range(4):
+    host = sources.ProblemStream(problems(12), seed=5, host_index=h, host_count=4)
+    assert host.take(3) == whole[h::4]
+
+
+def test_more_than_an_epoch_can_be_taken_at_once():
+  counts = collections.Counter(sources.ProblemStream(problems(3), seed=0).take(10))
+  assert sorted(counts.values()) == [3, 3, 4]
+
+
+@pytest.mark.parametrize(
+  ("other", "message"),
+  [
+    ({"size": 8}, "size 8.*this one 7 problems.*with the data"),
+    ({"seed": 4}, "seed 4.*this one 3.*resume with the seed"),
+    ({"host_count": 2}, "host_count 2.*this one 1 hosts.*as many hosts"),
+    ({"position": 8}, "position 8.*<= 7"),
+    ({"position": -1}, "position -1"),
+    ({"epoch": 1.0}, "epoch 1.0"),
+    ({"epoch": True}, "epoch True"),
+    ({"extra": 1}, "keys"),
+  ],
+)
+def test_state_of_another_stream_is_refused_and_changes_nothing(other, message):
+  stream = sources.ProblemStream(problems(7), seed=3)
+  stream.take(3)
+  state = stream.state()
+  with pytest.raises(ValueError, match=message):
+    stream.restore(state | other)
+  assert stream.state() == state
+
+
+def test_impossible_streams_are_refused():
+  with pytest.raises(ValueError, match=r"0 problems.*check the split"):
+    sources.ProblemStream([], seed=0)
+  with pytest.raises(ValueError, match="2 problems cannot feed 3"):
+    sources.ProblemStream(problems(2), seed=0, host_count=3)
+  with pytest.raises(ValueError, match="host_index 2 of host_count 2"):
+    sources.ProblemStream(problems(5), seed=0, host_index=2, host_count=2)
+  with pytest.raises(ValueError, match="seed"):
+    sources.ProblemStream(problems(5), seed=-1)
+  with pytest.raises(ValueError, match="cannot take -1"):
+    sources.ProblemStream(problems(5), seed=0).take(-1)
+
+
+def test_taking_decodes_only_what_is_taken():
+  class Counting(collections.UserList):
+    reads = 0
+
+    def __getitem__(self, index):
+      Counting.reads += 1
+      return super().__getitem__(index)
+
+  sources.ProblemStream(Counting(problems(1000)), seed=0).take(4)
+  assert Counting.reads == 4

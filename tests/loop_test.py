@@ -1,0 +1,355 @@
+"""The run as its user meets it: commands, files, resuming, refusals."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.quickstart import get_config
+from opo_jax import __main__ as command_line
+from opo_jax import loop, models
+from opo_jax.config import Checkpoint, Eval, Record, Rollout, WarmStart
+from opo_jax.data import arithmetic, prompts, sources
+from opo_jax.data.prompts import Problem
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = [
+  "--steps=4",
+  "--warm-start.steps=3",
+  "--warm-start.batch-size=16",
+  "--rollout.prompts-per-step=8",
+  "--rollout.group-size=4",
+  "--eval.problems=8",
+  "--eval.samples=2",
+  "--eval.every=2",
+  "--checkpoint.every=2",
+  "--record.kl-rollouts=8",
+]
+
+
+def small_config(**changes):
+  """What the flags SMALL make of quickstart."""
+  config = dataclasses.replace(
+    get_config(),
+    steps=4,
+    warm_start=WarmStart(steps=3, batch_size=16, learning_rate=2e-3),
+    rollout=Rollout(prompts_per_step=8, group_size=4),
+    eval=Eval(every=2, problems=8, samples=2),
+    checkpoint=Checkpoint(every=2),
+    record=Record(kl_rollouts=8),
+  )
+  return dataclasses.replace(config, **changes)
+
+
+def run_command(*arguments):
+  """Exit code of the command line, in this process."""
+  try:
+    return command_line.main([str(argument) for argument in arguments])
+  except SystemExit as stop:
+    return stop.code
+
+
+def lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def timeless(rows):
+  """Metrics that are the same for the same run: all but what is read off a clock."""
+  return [
+    {k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))}
+    for row in rows
+  ]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("runs") / "small"
+  assert run_command("train", "quickstart", "--run", directory, *SMALL) == 0
+  return directory
+
+
+def test_a_run_leaves_all_its_files(run):
+  names = {path.name for path in run.iterdir()}
+  assert names >= {
+    "config.json", "run.json", "metrics.jsonl", "samples.jsonl", "warm_start.jsonl",
+    "checkpoints", "start", "tensorboard", "report.html", "figures",
+  }  # fmt: skip
+  assert list((run / "tensorboard").iterdir())
+  assert len(list((run / "figures").glob("*.png"))) >= 8
+  head = json.loads((run / "run.json").read_text())
+  assert head.keys() >= {"commit", "dirty", "versions", "devices", "mesh", "command"}
+  assert head["seed"] == 0 and head["devices"].startswith("8 x")
+
+
+def test_metrics_hold_the_contracted_keys(run):
+  rows = lines(run / "metrics.jsonl")
+  assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+  contract = """reward/mean response_length/mean response_length/truncated_fraction
+    policy/entropy policy/kl_to_start onpolicy/logprob_diff_max
+    onpolicy/logprob_diff_mean onpolicy/kl onpolicy/clip_fraction loss grad_norm
+    baseline/opo_minus_mean groups/zero_advantage_fraction
+    groups/single_sample_fraction reward/unscorable_fraction rollout/tokens
+    time/rollout_s time/reward_s time/update_s time/step_s throughput/tokens_per_s"""
+  for row in rows[1:]:
+    assert row.keys() >= set(contract.split())
+    assert row["onpolicy/logprob_diff_max"] < 1e-4
+    assert row["onpolicy/clip_fraction"] == 0
+  evaluated = [row["step"] for row in rows if "eval/arithmetic/pass@1" in row]
+  assert evaluated == [0, 2, 4]
+  assert "eval/arithmetic/pass@4" not in rows[0], "2 samples cannot measure pass@4"
+
+
+def test_a_sample_is_what_was_asked_and_answered(run):
+  for row in lines(run / "samples.jsonl"):
+    assert arithmetic.solve(row["prompt"]) == row["reference"]
+    verified = arithmetic.verify(row["response"], row["reference"])
+    assert row["reward"] == verified * row["finished"]
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(run):
+  before = (run / "metrics.jsonl").read_text()
+  assert run_command("train", "quickstart", "--run", run, *SMALL) == 0
+  assert (run / "metrics.jsonl").read_text() == before
+  assert len(json.loads((run / "run.json").read_text())["starts"]) == 2
+
+
+@pytest.mark.parametrize("broken_after", [1, 2, 3])
+def test_a_broken_and_resumed_run_equals_an_unbroken_one(
+  run, tmp_path, monkeypatch, broken_after
+):
+  """Broken after a step's lines were written and before its checkpoint was."""
+  write_samples = loop.Record.samples
+
+  def break_down(self, step, *rest):
+    write_samples(self, step, *rest)
+    if step == broken_after:
+      raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Record, "samples", break_down)
+    with pytest.raises(KeyboardInterrupt):
+      loop.train(small_config(), tmp_path / "run")
+  with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 3, "loss"')  # the kill cut a line off
+  loop.train(small_config(), tmp_path / "run")
+  for name in ("metrics.jsonl", "samples.jsonl"):
+    resumed, unbroken = lines(tmp_path / "run" / name), lines(run / name)
+    assert timeless(resumed) == timeless(unbroken)
+
+
+def test_another_config_is_refused_and_nothing_is_overwritten(run, capsys):
+  before = {p: p.read_bytes() for p in run.glob("*.json*")}
+  code = run_command("train", "quickstart", "--run", run, *SMALL, "--seed=1")
+  assert code == 2
+  assert "--seed: 0 -> 1" in capsys.readouterr().err
+  assert {p: p.read_bytes() for p in run.glob("*.json*")} == before
+
+
+def test_evaluation_of_a_run_shows_the_start_policy_beside_it(run, capsys):
+  assert run_command("eval", run, "--eval.samples=4", "--eval.problems=16") == 0
+  rows = json.loads((run / "eval.json").read_text())
+  assert rows.keys() == {"start", "final"}
+  assert rows["start"] != rows["final"]
+  assert "arithmetic/pass@4" in capsys.readouterr().out
+
+
+def test_exported_policy_is_the_trained_one(run, tmp_path):
+  assert run_command("export", run, tmp_path / "out") == 0
+  exported = models.load(tmp_path / "out")
+  with loop.Run(small_config(), run) as parts:
+    trained = loop.load_policy(parts)
+  for ours, theirs in zip(
+    jax.tree.leaves(trained), jax.tree.leaves(exported), strict=True
+  ):
+    np.testing.assert_array_equal(ours, theirs)
+  tokenizer = prompts.load_tokenizer(str(tmp_path / "out"))
+  assert prompts.encode_prompt(tokenizer, "a3b4c2") == prompts.encode_prompt(
+    arithmetic.tokenizer(), "a3b4c2"
+  )
+  assert exported.eos_ids == (tokenizer.eos_token_id,)
+
+
+def test_a_run_can_start_from_an_exported_policy(run, tmp_path):
+  assert run_command("export", run, tmp_path / "out") == 0
+  start = [*SMALL, "--warm-start.steps=0", "--steps=1", f"--model.path={tmp_path}/out"]
+  directory = tmp_path / "next"
+  assert run_command("train", "quickstart", "--run", directory, *start) == 0
+  first, last = lines(directory / "metrics.jsonl")[0], lines(run / "metrics.jsonl")[-1]
+  name = "eval/arithmetic/response_length"
+  assert first[name] == last[name], "the same policy, the same evaluation"
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["quikstart"], "did you mean quickstart"),
+    (["quickstart", "--rolout.group-size=4"], "--rollout.group-size"),
+    (["quickstart", "--rollout.prompts-per-step=30"], "--rollout.prompts-per-step 32"),
+    (["quickstart", "--mesh.data=3"], "does not fill 8 devices"),
+    (["quickstart", "--mesh.fsdp=1", "--mesh.tensor=8", "--model.mlp-width=100"],
+     "multiple of 8"),
+    (["quickstart", "--rollout.max-prompt-tokens=8"], "--rollout.max-prompt-tokens"),
+    (["quickstart", "--data.tokenizer=nowhere/at-all"], "--data.tokenizer"),
+    (["quickstart", "--eval.benchmark=gsm9k"], "gsm8k"),
+    (["quickstart", "--data.train=gsm8k"], "--warm-start.steps 0"),
+    (["quickstart", "--model.vocab-size=4"], "--model.vocab-size"),
+    (["quickstart", "--model.path=nowhere/at-all"], "--model.path"),
+    (["quickstart", "--rollout.temperature=0"], "--rollout.temperature"),
+    (["quickstart", "--algorithm.updates-per-batch=2"], "ppo_clip"),
+  ],
+)  # fmt: skip
+def test_a_mistake_ends_with_one_line_and_leaves_nothing(
+  arguments, message, tmp_path, capsys
+):
+  directory = tmp_path / "run"
+  assert run_command("train", *arguments, "--run", directory) == 2
+  error = " ".join(capsys.readouterr().err.replace("│", " ").split())
+  assert message in error
+  assert not directory.exists()
+
+
+def test_a_tokenizer_without_end_token_is_refused(tmp_path, monkeypatch):
+  def endless():
+    tokenizer = made()
+    tokenizer.eos_token = None
+    return tokenizer
+
+  made = arithmetic.tokenizer
+  monkeypatch.setattr(arithmetic, "tokenizer", endless)
+  with pytest.raises(ValueError, match="no end token"):
+    loop.train(small_config(), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("empty", ["train", "test"])
+def test_an_empty_data_set_is_refused(tmp_path, monkeypatch, empty):
+  def load(name, split):
+    return [] if split == empty else arithmetic.load(split)
+
+  monkeypatch.setattr(sources, "load", load)
+  with pytest.raises(ValueError, match=r"0 problems|no test problems"):
+    loop.train(small_config(), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path):
+  (tmp_path / "thesis.tex").write_text("years of work")
+  with pytest.raises(ValueError, match="not empty"):
+    loop.train(small_config(), tmp_path)
+
+
+def test_unscorable_answers_are_counted_and_stop_the_run_above_a_share(tmp_path):
+  with loop.Run(small_config(), tmp_path) as run:
+    asked = [Problem(str(i), "a1b2c3", "1") for i in range(8)]
+    policy = run.parts.init()
+    state = run.parts.start(policy)
+    rollouts = dataclasses.replace(
+      run.sample(state, asked, 1), finished=jnp.ones(32, bool)
+    )
+
+    def sometimes(response, reference):
+      calls.append(response)
+      if len(calls) % limit == 0:
+        raise ArithmeticError("no such number")
+      return 1.0
+
+    run.verifier = loop.RewardPool(sometimes, workers=0, timeout_s=1, warm_up=None)
+    calls, limit = [], 8
+    _, rewards = run.score(rollouts, asked)
+    assert np.isnan(rewards).sum() == 4 and (rewards[~np.isnan(rewards)] == 1).all()
+    calls, limit = [], 3
+    with pytest.raises(RuntimeError, match="no such number"):
+      run.score(rollouts, asked)
+
+
+# --- whole processes ------------------------------------------------------------------
+
+
+def start(directory, *arguments, devices=1, experiment="quickstart"):
+  environment = os.environ | {
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
+  }
+  return subprocess.Popen(
+    [sys.executable, "-m", "opo_jax", "train", experiment]
+    + ["--run", str(directory), *arguments],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def finish(process):
+  _, error = process.communicate()
+  assert process.returncode == 0, error
+
+
+@pytest.mark.slow
+def test_a_killed_and_resumed_run_equals_an_unbroken_one(tmp_path):
+  flags = [*SMALL, "--steps=9", "--checkpoint.every=3"]
+  finish(start(tmp_path / "unbroken", *flags))
+  process = start(tmp_path / "killed", *flags)
+  metrics = tmp_path / "killed" / "metrics.jsonl"
+  while not metrics.exists() or metrics.read_text().count("\n") < 6:
+    assert process.poll() is None, process.stderr.read()
+    time.sleep(0.01)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  finish(start(tmp_path / "killed", *flags))
+  rows = [
+    timeless(lines(tmp_path / d / "metrics.jsonl")) for d in ("unbroken", "killed")
+  ]
+  assert len(rows[0]) == 10
+  assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_metrics_are_the_same_on_one_and_on_eight_devices(tmp_path):
+  for devices in (1, 8):
+    finish(start(tmp_path / str(devices), *SMALL, devices=devices))
+  one, eight = (timeless(lines(tmp_path / d / "metrics.jsonl")) for d in ("1", "8"))
+  for a, b in zip(one, eight, strict=True):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+      # float32 in another order, through three warm-up and four Adam steps.
+      assert b[name] == pytest.approx(value, rel=2e-3, abs=2e-4), (name, a["step"])
+
+
+@pytest.mark.slow
+def test_quickstart_learns(tmp_path):
+  finish(start(tmp_path / "run"))
+  rows = lines(tmp_path / "run" / "metrics.jsonl")
+  first, last = rows[0], rows[-1]
+  assert 0.20 <= first["eval/arithmetic/pass@1"] <= 0.45
+  assert last["eval/arithmetic/pass@1"] >= 0.85
+  assert max(row["onpolicy/logprob_diff_max"] for row in rows[1:]) < 1e-4
+  assert rows[1]["response_length/cv"] >= 0.3
+  assert rows[1]["response_length/reward_correlation"] > 0.1
+  # The collapse it is told beside: short guesses, right one time in five.
+  finish(start(tmp_path / "collapse", "--steps=30", experiment="quickstart_collapse"))
+  last = lines(tmp_path / "collapse" / "metrics.jsonl")[-1]
+  assert last["response_length/mean"] < 4
+  assert last["eval/arithmetic/pass@1"] < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  "OPO_DATA_DIR" not in os.environ, reason="OPO_DATA_DIR names no real data"
+)
+def test_gsm8k_smoke_runs_on_real_data(tmp_path, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+  finish(start(tmp_path / "run", experiment="gsm8k_smoke"))
+  rows = lines(tmp_path / "run" / "metrics.jsonl")
+  assert [row["step"] for row in rows] == [0, 1, 2]
+  assert rows[-1]["reward/unscorable_fraction"] == 0
+  assert "How many" in (tmp_path / "run" / "samples.jsonl").read_text()
