@@ -157,7 +157,7 @@ def save(policy: Policy, directory: str | pathlib.Path, *, tokenizer=None) -> No
   if not policy.config.qkv_bias:
     raise ValueError(
       "A Qwen2 model has biases on query, key and value; this policy has none and"
-      " cannot be exported as one (--model.qkv-bias)."
+      " cannot be exported as one. Make it with ModelConfig(qkv_bias=True)."
     )
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
