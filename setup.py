@@ -34,7 +34,7 @@ setup(
     "tensorflow-datasets>=4.9.10,<5",
     "array_record>=0.8,<0.9",
     # Rewards: SymPy behind a parser, in processes with a time limit.
-    "math-verify[antlr4_13_2]>=0.9,<0.10",
+    "math-verify>=0.9,<0.10",
     "pebble>=5.2,<6",
     # Command line, progress, figures.
     "tyro>=1.0,<2",

@@ -15,7 +15,7 @@ def get_config() -> Config:
     steps=120,
     # The usual 0.02 is for wide models; at width 128 it learns far more slowly.
     model=Model(initializer_range=0.08),
-    warm_start=WarmStart(steps=300, learning_rate=2e-3),
+    warm_start=WarmStart(steps=200, learning_rate=3e-3),
     optimizer=Optimizer(learning_rate=1e-4),
     eval=Eval(every=10, problems=256, samples=16),
   )

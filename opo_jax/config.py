@@ -92,7 +92,7 @@ class Rollout:
   # Longest prompt, tokens; a longer one stops the run. (loop)
   max_prompt_tokens: int = 512
   # Longest response, tokens, the end token included. (build)
-  max_new_tokens: int = 32
+  max_new_tokens: int = 24
   # Of sampler and learner alike; above 0. (build)
   temperature: float = 1.0
   # Rows decoded at a time; 0 decodes all together. (build)

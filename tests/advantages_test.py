@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opo_jax.advantages import ESTIMATORS, weighted_baseline
@@ -214,7 +215,7 @@ def test_equal_lengths_make_opo_the_group_mean_and_opo_loo_rloo(batch, length):
 @few
 @given(batch=batches())
 def test_length_weighted_advantages_of_a_group_sum_to_zero(batch):
-  rewards, lengths, ids, valid = batch
+  _, lengths, ids, valid = batch
   weighted = run("opo", *batch) * lengths
   for group in range(NUM_GROUPS):
     total = (lengths * valid)[ids == group].sum()
@@ -325,6 +326,14 @@ def test_batch_without_a_row_that_counts_gives_zero(name, why):
   assert not run(name, rewards, lengths, ids, valid).any()
 
 
+@pytest.mark.parametrize("name", ["mean", "opo", "opo_loo"])
+def test_group_without_weight_is_quiet_where_someone_looks_for_nan(name):
+  # With `debug_nans` a 0 / 0 raises even where its result is thrown away.
+  with jax.debug_nans(True):
+    zeros = jnp.zeros(4)
+    assert not np.any(ESTIMATORS[name](zeros, zeros, jnp.zeros(4, int), num_groups=2))
+
+
 @pytest.mark.parametrize("name", ["mean", "grpo", "rloo", "maxrl", "opo", "opo_loo"])
 def test_single_row_of_a_group_gets_zero(name):
   # Row 0 is alone from the start, row 1 because its neighbours do not count.
@@ -340,7 +349,7 @@ def test_single_row_of_a_group_gets_zero(name):
 @given(batch=batches())
 def test_leaving_a_row_out_undoes_its_own_share_of_the_baseline(batch):
   """r - b = (1 - l / L) (r - b without the row)."""
-  rewards, lengths, ids, valid = batch
+  _, lengths, ids, valid = batch
   opo, opo_loo = run("opo", *batch), run("opo_loo", *batch)
   for i in np.flatnonzero(valid & (lengths > 0)):
     total = lengths[valid & (ids == ids[i])].sum()

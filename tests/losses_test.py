@@ -1,12 +1,14 @@
 """Losses: one scalar, whatever is behind the mask and however the step is split."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from opo_jax import losses
 from opo_jax.advantages import opo
@@ -110,7 +112,7 @@ def test_micro_batches_add_up_to_the_step_however_it_is_split(how, order, cuts):
   edges = [0, *sorted(cuts), NUM_ROWS]
   total = sum(
     losses.aggregate(values[start:stop], mask[start:stop], how, normalizer=normalizer)
-    for start, stop in zip(edges, edges[1:], strict=False)
+    for start, stop in itertools.pairwise(edges)
   )
   np.testing.assert_allclose(total, losses.aggregate(normal(0), MASK, how), **TOLERANCE)
 

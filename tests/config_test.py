@@ -1,0 +1,206 @@
+"""A config survives its file, and a mistake in it is named before any device work."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opo_jax import config as config_lib
+from opo_jax.config import Algorithm, Config, Rollout, differences, from_dict, to_dict
+
+
+def other_value(value):
+  if isinstance(value, bool):
+    return not value
+  return value + "x" if isinstance(value, str) else value * 2 + 3
+
+
+def config_with_no_default():
+  """Every field differs from its default; the command line checks choices of names."""
+  sections = {}
+  for field in dataclasses.fields(Config):
+    value = getattr(Config(), field.name)
+    if dataclasses.is_dataclass(value):
+      names = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+      changed = {name: other_value(v) for name, v in names.items()}
+      sections[field.name] = dataclasses.replace(value, **changed)
+    else:
+      sections[field.name] = other_value(value)
+  # 13 updates of 3 micro-batches need multiples.
+  sections["rollout"] = dataclasses.replace(sections["rollout"], prompts_per_step=117)
+  algorithm = dict(updates_per_batch=13, micro_batches=3, loss="ppo_clip")
+  sections["algorithm"] = dataclasses.replace(sections["algorithm"], **algorithm)
+  return Config(**sections)
+
+
+def test_config_survives_its_json_file():
+  config = config_with_no_default()
+  assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+  assert from_dict(json.loads(json.dumps(to_dict(Config())))) == Config()
+
+
+def test_every_field_of_another_config_is_a_difference():
+  leaves = sum(
+    len(dataclasses.fields(value)) if dataclasses.is_dataclass(value) else 1
+    for value in vars(Config()).values()
+  )
+  lines = differences(to_dict(Config()), to_dict(config_with_no_default()))
+  assert len(lines) == leaves
+  assert len({line.split(":")[0] for line in lines}) == leaves
+
+
+def test_differences_are_flags_with_both_values():
+  old = to_dict(Config(seed=3))
+  rollout, algorithm = Rollout(prompts_per_step=48), Algorithm(advantage="grpo")
+  new = to_dict(Config(rollout=rollout, algorithm=algorithm))
+  assert differences(old, new) == [
+    "--algorithm.advantage: 'opo' -> 'grpo'",
+    "--rollout.prompts-per-step: 32 -> 48",
+    "--seed: 3 -> 0",
+  ]
+  assert differences(old, old) == []
+
+
+def test_field_that_one_config_lacks_is_a_difference():
+  assert differences({"a": 1, "b": {"c": 2}}, {"b": {}}) == [
+    "--a: 1 -> None",
+    "--b.c: 2 -> None",
+  ]
+
+
+@pytest.mark.parametrize("section", [None, "rollout", "optimizer"])
+def test_unknown_and_missing_keys_are_refused_by_name(section):
+  values = to_dict(Config())
+  part = values if section is None else values[section]
+  part["group_sise"] = 4
+  where = "Config" if section is None else section
+  with pytest.raises(ValueError, match=rf"{where}.* unknown fields \['group_sise'\]"):
+    from_dict(values)
+  del part["group_sise"]
+  name = next(name for name, value in part.items() if not isinstance(value, dict))
+  del part[name]
+  with pytest.raises(ValueError, match=rf"{where}.* misses \['{name}'\]"):
+    from_dict(values)
+
+
+def test_a_config_file_is_checked_like_a_config():
+  values = to_dict(Config())
+  values["rollout"]["temperature"] = 0.0
+  with pytest.raises(ValueError, match=r"--rollout\.temperature"):
+    from_dict(values)
+
+
+COUNTS = [
+  "steps",
+  "rollout.prompts-per-step",
+  "rollout.group-size",
+  "rollout.max-new-tokens",
+  "algorithm.updates-per-batch",
+  "algorithm.micro-batches",
+  "checkpoint.every",
+  "checkpoint.keep",
+  "eval.samples",
+  "record.print-every",
+]
+
+
+@pytest.mark.parametrize("flag", COUNTS)
+@pytest.mark.parametrize("value", [0, -3])
+def test_count_below_one_is_refused_with_its_flag(flag, value):
+  *sections, name = flag.replace("-", "_").split(".")
+  kwargs = {name: value}
+  for section in sections:
+    kwargs = {section: dataclasses.replace(getattr(Config(), section), **kwargs)}
+  with pytest.raises(ValueError, match=f"^--{re.escape(flag)} is {value}; "):
+    Config(**kwargs)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_greedy_sampling_for_training_is_refused(temperature):
+  with pytest.raises(ValueError, match=f"--rollout.temperature is {temperature}; "):
+    Config(rollout=Rollout(temperature=temperature))
+
+
+def test_policy_gradient_off_policy_is_refused_with_both_ways_out():
+  with pytest.raises(ValueError, match=r"--algorithm\.loss ppo_clip, or 1"):
+    Config(algorithm=Algorithm(updates_per_batch=2))
+  Config(algorithm=Algorithm(updates_per_batch=2, loss="ppo_clip"))
+
+
+@pytest.mark.parametrize(
+  ("prompts", "group_size", "updates", "micro_batches", "multiple", "suggested"),
+  [
+    # 30 * 8 rows divide by 4, but the 30 groups do not: an update takes whole groups.
+    (30, 8, 4, 1, 4, 32),
+    # 30 groups, 150 rows: not by 4 micro-batches.
+    (30, 5, 1, 4, 4, 32),
+    # 5 updates of 6 groups, 30 rows each: not by 4; 20 divides 40.
+    (30, 5, 5, 4, 20, 40),
+    (1, 7, 1, 2, 2, 2),
+  ],
+)
+def test_rows_that_do_not_split_are_refused_with_the_next_multiple(
+  prompts, group_size, updates, micro_batches, multiple, suggested
+):
+  def build(prompts):
+    return Config(
+      rollout=Rollout(prompts_per_step=prompts, group_size=group_size),
+      algorithm=Algorithm(
+        loss="ppo_clip", updates_per_batch=updates, micro_batches=micro_batches
+      ),
+    )
+
+  with pytest.raises(
+    ValueError, match=rf"multiple of {multiple} \(--rollout.* {suggested}\)"
+  ):
+    build(prompts)
+  build(suggested)
+
+
+@given(
+  prompts=st.integers(1, 40),
+  group_size=st.integers(1, 9),
+  updates=st.integers(1, 5),
+  micro_batches=st.integers(1, 5),
+)
+def test_config_is_accepted_where_updates_take_whole_groups_and_parts_are_equal(
+  prompts, group_size, updates, micro_batches
+):
+  rows_of_an_update = prompts / updates * group_size
+  splits = prompts % updates == 0 and rows_of_an_update % micro_batches == 0
+  rollout = Rollout(prompts_per_step=prompts, group_size=group_size)
+  algorithm = Algorithm(
+    loss="ppo_clip", updates_per_batch=updates, micro_batches=micro_batches
+  )
+  try:
+    Config(rollout=rollout, algorithm=algorithm)
+  except ValueError as error:
+    assert not splits, error
+  else:
+    assert splits
+
+
+def test_micro_batches_may_cut_a_group():
+  # 3 groups of 4 in 6 micro-batches of 2 rows: the advantages are the step's.
+  Config(
+    rollout=Rollout(prompts_per_step=3, group_size=4),
+    algorithm=Algorithm(micro_batches=6),
+  )
+
+
+def test_config_cannot_be_changed_after_it_was_checked():
+  config = Config()
+  for thing in (config, config.rollout, config.algorithm):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+      thing.steps = 0
+
+
+def test_wrong_name_is_answered_with_the_near_ones():
+  names = ["opo", "opo_loo", "opo_batch", "grpo"]
+  assert config_lib.near_names("opo_lo", names).startswith("did you mean opo_loo")
+  assert config_lib.near_names("qqqq", names) == (
+    "there are ['grpo', 'opo', 'opo_batch', 'opo_loo']."
+  )

@@ -1,0 +1,636 @@
+"""The decoder computes what transformers computes, however its inputs are laid out."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from opo_jax import models, sampler, sharding
+from opo_jax.models.attention import Keys, attention
+from opo_jax.models.transformer import Policy
+from opo_jax.rollouts import prompt_columns
+
+# What transformers computed; tests/golden/make_qwen2.py says with what.
+with np.load(pathlib.Path(__file__).parent / "golden" / "qwen2.npz") as file:
+  GOLDEN = dict(file)
+
+
+def golden(prefix):
+  return {
+    name.removeprefix(prefix): array
+    for name, array in GOLDEN.items()
+    if name.startswith(prefix)
+  }
+
+
+def write_model(directory, config=None, weights=None, num_files=1):
+  """A Hugging Face directory of the golden model, with changes to config.json."""
+  directory.mkdir(exist_ok=True)
+  config = json.loads(GOLDEN["config"].item()) | (config or {})
+  (directory / "config.json").write_text(json.dumps(config))
+  weights = golden("weights/") if weights is None else weights
+  names = sorted(weights)
+  files = ["model.safetensors"]
+  if num_files > 1:
+    files = [
+      f"model-{i + 1:05}-of-{num_files:05}.safetensors" for i in range(num_files)
+    ]
+    where = {name: files[i % num_files] for i, name in enumerate(names)}
+    index = json.dumps({"metadata": {}, "weight_map": where})
+    (directory / "model.safetensors.index.json").write_text(index)
+  for i, file in enumerate(files):
+    save_file({name: weights[name] for name in names[i::num_files]}, directory / file)
+  return directory
+
+
+@pytest.fixture(scope="module")
+def golden_policy(tmp_path_factory):
+  return models.load(write_model(tmp_path_factory.mktemp("qwen2")))
+
+
+def random_policy(**changes):
+  """Every parameter random: biases and norm scales too; no size equals another."""
+  sizes = dict(
+    vocab_size=61,
+    width=20,
+    mlp_width=28,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=700.0,
+    norm_epsilon=1e-4,
+    tie_embeddings=False,
+    initializer_range=0.3,
+  )
+  config = models.ModelConfig(**(sizes | changes))
+  like = jax.eval_shape(
+    lambda key: Policy(config, key, eos_ids=(7, 3)), jax.random.key(0)
+  )
+  random = np.random.default_rng(0)
+
+  def fill(path, leaf):
+    noise = random.normal(size=leaf.shape).astype(np.float32)
+    is_scale = ".scale" in jax.tree_util.keystr(path)
+    return jnp.asarray(1 + 0.2 * noise if is_scale else 0.35 * noise)
+
+  return jax.tree_util.tree_map_with_path(fill, like)
+
+
+@pytest.fixture(scope="module")
+def policy():
+  return random_policy()
+
+
+@jax.jit
+def logits_of(policy, tokens, positions=None, segment_ids=None):
+  return policy.logits(tokens, positions=positions, segment_ids=segment_ids)
+
+
+def random_tokens(seed, *shape, vocab_size=61):
+  return np.random.default_rng(seed).integers(0, vocab_size, shape, dtype=np.int32)
+
+
+def assert_close(actual, expected, atol=3e-5):
+  """Float32 sums in another order: about 1e-5 at logits of order 10."""
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+
+
+def assert_same_bits(actual, expected):
+  actual, expected = np.asarray(actual), np.asarray(expected)
+  assert actual.dtype == expected.dtype
+  assert actual.shape == expected.shape
+  assert actual.tobytes() == expected.tobytes()
+
+
+def assert_same_parameters(actual, expected):
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  for ours, theirs in zip(
+    jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+  ):
+    assert_same_bits(ours, theirs)
+
+
+def parameters(policy):
+  """{name: array}, for messages that name the parameter."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(policy)
+  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_close_parameters(actual, expected, rtol):
+  """Norm of the difference over the norm, for each parameter."""
+  assert actual.keys() == expected.keys()
+  for name, ours in actual.items():
+    error = np.linalg.norm(ours - expected[name]) / np.linalg.norm(expected[name])
+    assert error < rtol, f"{name}: {error}"
+
+
+# --- transformers -------------------------------------------------------------------
+
+ROPE_FORMS = {
+  "rope_parameters": {},
+  "rope_theta": dict(rope_parameters=None, rope_theta=5e5, rope_scaling=None),
+}
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+@pytest.mark.parametrize("rope", ROPE_FORMS)
+def test_logits_and_logprobs_equal_those_of_transformers(tmp_path, rope, num_files):
+  path = write_model(tmp_path, ROPE_FORMS[rope], num_files=num_files)
+  policy = models.load(path)
+  tokens, lengths = GOLDEN["tokens"], GOLDEN["lengths"]
+  real = np.arange(tokens.shape[1]) < lengths[:, None]
+
+  logits = logits_of(policy, tokens, segment_ids=real.astype(np.int32))
+  # 2e-5 would do; a default rope_theta differs by 4, a default epsilon by 1e-3.
+  assert_close(logits * real[..., None], GOLDEN["logits"], atol=5e-5)
+  # Columns to the right of a token do not matter, whether they are marked or not.
+  assert_close(logits_of(policy, tokens) * real[..., None], GOLDEN["logits"], atol=5e-5)
+  logprobs = jax.nn.log_softmax(logits[:, :-1])
+  logprobs = jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
+  assert_close(logprobs * real[:, 1:], GOLDEN["logprobs"], atol=5e-5)
+
+
+def test_left_padded_rows_equal_transformers(golden_policy):
+  tokens, lengths = GOLDEN["tokens"], GOLDEN["lengths"]
+  T = tokens.shape[1]
+  positions, segment_ids = prompt_columns(lengths, T)
+  shifted = np.stack(
+    [np.roll(row, T - n) for row, n in zip(tokens, lengths, strict=True)]
+  )
+  logits = np.asarray(logits_of(golden_policy, shifted, positions, segment_ids))
+  for row, expected, n in zip(logits, GOLDEN["logits"], lengths, strict=True):
+    assert_close(row[T - n :], expected[:n], atol=5e-5)
+
+
+def test_gradient_of_every_parameter_equals_that_of_transformers(
+  golden_policy, tmp_path
+):
+  tokens = GOLDEN["tokens"]
+  segment_ids = np.arange(tokens.shape[1]) < GOLDEN["lengths"][:, None]
+
+  @jax.jit
+  @jax.grad
+  def gradient(policy):
+    logits = policy.logits(tokens, segment_ids=segment_ids.astype(np.int32))
+    logprobs = jax.nn.log_softmax(logits[:, :-1])
+    logprobs = jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
+    return (GOLDEN["coefficients"] * logprobs).sum()
+
+  # A gradient is shaped as a policy is, and so can be written under their names.
+  models.save(gradient(golden_policy), tmp_path)
+  # 5e-6 measured, in the key biases, whose gradient nearly cancels.
+  actual = load_file(tmp_path / "model.safetensors")
+  assert_close_parameters(actual, golden("gradients/"), rtol=5e-5)
+
+
+def test_greedy_text_equals_that_of_transformers(golden_policy):
+  P = GOLDEN["prompts"].shape[1]
+  prompts = [
+    row[P - n :].tolist()
+    for row, n in zip(GOLDEN["prompts"], GOLDEN["prompt_lengths"], strict=True)
+  ]
+  eos, expected = GOLDEN["eos"].item(), GOLDEN["greedy"]
+  rollouts = sampler.generate(
+    golden_policy,
+    prompts,
+    max_new_tokens=expected.shape[1],
+    temperature=0.0,
+    eos_ids=(eos,),
+  )
+  # The end token is drawn and counted; what comes after it is nobody's.
+  lengths = np.where(
+    (expected == eos).any(1), (expected == eos).argmax(1) + 1, expected.shape[1]
+  )
+  assert lengths.tolist() == [14, 6, 14]
+  np.testing.assert_array_equal(rollouts.lengths, lengths)
+  for row, theirs, n in zip(rollouts.tokens, expected, lengths, strict=True):
+    assert row[:n].tolist() == theirs[:n].tolist()
+
+
+# --- files --------------------------------------------------------------------------
+
+
+def test_import_then_export_is_the_identity(golden_policy, tmp_path):
+  models.save(golden_policy, tmp_path)
+  written, expected = load_file(tmp_path / "model.safetensors"), golden("weights/")
+  assert written.keys() == expected.keys()
+  for name in expected:
+    assert_same_bits(written[name], expected[name])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_export_then_import_is_the_identity(tied, tmp_path):
+  policy = random_policy(tie_embeddings=tied)
+  models.save(policy, tmp_path)
+  loaded = models.load(tmp_path)
+  assert loaded.config == policy.config
+  assert set(loaded.eos_ids) == {7, 3}
+  weights = load_file(tmp_path / "model.safetensors")
+  assert ("lm_head.weight" in weights) == (not tied)
+  assert_same_parameters(jax.tree.leaves(loaded), jax.tree.leaves(policy))
+
+
+def test_tied_policy_equals_untied_policy_with_equal_tables(tmp_path):
+  tied = random_policy(tie_embeddings=True)
+  models.save(tied, tmp_path)
+  weights = load_file(tmp_path / "model.safetensors")
+  weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+  save_file(weights, tmp_path / "model.safetensors")
+  # A copy is accepted beside a tied config, too: some files have it.
+  assert models.load(tmp_path).untied is None
+
+  config = json.loads((tmp_path / "config.json").read_text())
+  config["tie_word_embeddings"] = False
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  untied = models.load(tmp_path)
+  tokens = random_tokens(0, 2, 5)
+  assert_same_bits(logits_of(untied, tokens), logits_of(tied, tokens))
+
+
+def test_tied_config_beside_another_unembedding_is_refused(tmp_path):
+  path = write_model(tmp_path, dict(tie_word_embeddings=True))
+  with pytest.raises(ValueError, match=r"lm_head\.weight is not model\.embed_tokens"):
+    models.load(path)
+
+
+def test_bfloat16_weights_become_float32_parameters(tmp_path):
+  rounded = {k: v.astype(ml_dtypes.bfloat16) for k, v in golden("weights/").items()}
+  policy = models.load(write_model(tmp_path, weights=rounded))
+  models.save(policy, tmp_path / "again")
+  written = load_file(tmp_path / "again" / "model.safetensors")
+  for name, array in rounded.items():
+    assert_same_bits(written[name], array.astype(np.float32))
+
+
+def test_end_tokens_are_those_of_both_files(tmp_path):
+  path = write_model(tmp_path, dict(eos_token_id=0))
+  assert models.load(path).eos_ids == (0,)
+  (path / "generation_config.json").write_text('{"eos_token_id": [9, 0, 4]}')
+  assert models.load(path).eos_ids == (0, 4, 9)
+  assert models.load(path, eos_ids=(2,)).eos_ids == (2,)
+  assert models.load(path, eos_ids=()).eos_ids == ()
+
+
+def test_weights_that_do_not_match_are_all_listed(tmp_path):
+  weights = golden("weights/")
+  q, k, v = (f"model.layers.1.self_attn.{name}_proj" for name in "qkv")
+  norm = "model.layers.0.input_layernorm.weight"
+  del weights[f"{q}.bias"], weights[norm]
+  weights["model.layers.2.mlp.up_proj.weight"] = np.zeros((40, 24), np.float32)
+  weights["model.layers.0.self_attn.q_norm.weight"] = np.zeros(4, np.float32)
+  weights[f"{k}.weight"] = weights[f"{k}.weight"].T.copy()
+  weights[f"{v}.bias"] = np.zeros(24, np.float32)
+  with pytest.raises(ValueError) as error:
+    models.load(write_model(tmp_path, weights=weights))
+  missing, rest = str(error.value).split("unknown")
+  unknown, misshaped = rest.split("of another shape")
+  assert f"{q}.bias" in missing and norm in missing
+  assert "model.layers.2.mlp.up_proj.weight" in unknown
+  assert "model.layers.0.self_attn.q_norm.weight" in unknown
+  assert f"'{k}.weight': '(24, 8) instead of (8, 24)'" in misshaped
+  assert f"'{v}.bias': '(24,) instead of (8,)'" in misshaped
+  assert str(error.value).count("_proj") == 4  # nothing that is right is listed
+
+
+def test_no_weights_and_weights_in_two_files_are_refused(tmp_path):
+  path = write_model(tmp_path)
+  norm = {"model.norm.weight": np.ones(24, np.float32)}
+  save_file(norm, path / "other.safetensors")
+  with pytest.raises(
+    ValueError, match=r"norm\.weight lies in model\.safetensors and in other"
+  ):
+    models.load(path)
+  for file in path.glob("*.safetensors"):
+    file.unlink()
+  with pytest.raises(ValueError, match="has no weights"):
+    models.load(path)
+
+
+def test_path_that_is_no_policy_is_refused(tmp_path):
+  with pytest.raises(ValueError, match=r"has no config\.json"):
+    models.load(tmp_path)
+  with pytest.raises(ValueError, match=r"No policy at '.*nothing-here'"):
+    models.load(tmp_path / "nothing-here")
+
+
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("model_type", "llama"),
+    ("model_type", "qwen3"),
+    ("use_sliding_window", True),
+    ("hidden_act", "gelu"),
+    ("rope_scaling", {"type": "yarn", "factor": 4.0}),
+    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}),
+    ("rope_parameters", {"rope_theta": 1e6, "partial_rotary_factor": 0.5}),
+  ],
+)
+def test_unsupported_config_is_refused_by_name(tmp_path, field, value):
+  with pytest.raises(ValueError) as error:
+    models.load(write_model(tmp_path, {field: value}))
+  assert f"{field} = {value!r}" in str(error.value)
+
+
+def test_incomplete_config_is_refused_by_name(tmp_path):
+  path = write_model(tmp_path)
+  config = json.loads(GOLDEN["config"].item())
+  del config["model_type"], config["num_key_value_heads"]
+  (path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=r"lacks.*model_type.*num_key_value_heads"):
+    models.load(path)
+
+
+def test_policy_without_biases_is_not_exported_as_qwen2(tmp_path):
+  with pytest.raises(ValueError, match="biases on query, key and value"):
+    models.save(random_policy(qkv_bias=False), tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+# --- layouts of the same tokens -----------------------------------------------------
+
+
+def test_cached_decoding_equals_the_full_forward(policy):
+  """Prompts prefilled once and shared, then one token at a time, then two."""
+  prompt_lengths, P, samples, T = np.array([2, 5]), 5, 3, 6
+  N, config = len(prompt_lengths) * samples, policy.config
+  prompts, responses = random_tokens(1, 2, P), random_tokens(2, N, T)
+
+  positions, segment_ids = prompt_columns(prompt_lengths, P)
+  prefill = jax.jit(Policy.hidden)
+  _, (prompt_keys, prompt_values) = prefill(policy, prompts, positions, segment_ids)
+  prompt_mask = (segment_ids > 0)[:, None]
+  # Columns not written yet hold numbers that would be seen at once.
+  shape = (config.num_layers, N, T, config.num_kv_heads, config.head_dim)
+  keys, values = jnp.full(shape, 50.0), jnp.full(shape, -50.0)
+  first = np.repeat(prompt_lengths, samples)[:, None]
+
+  @jax.jit
+  def decode(tokens, t, keys, values):
+    written = jnp.broadcast_to(jnp.arange(T) < t, (N, 1, T))
+    hidden, (key, value) = policy.hidden(
+      tokens,
+      first + t + jnp.arange(tokens.shape[1]),
+      cache=(
+        Keys(prompt_keys, prompt_values, prompt_mask),
+        Keys(keys, values, written),
+      ),
+    )
+    return (
+      policy.project(hidden),
+      jax.lax.dynamic_update_slice(keys, key, (0, 0, t, 0, 0)),
+      jax.lax.dynamic_update_slice(values, value, (0, 0, t, 0, 0)),
+    )
+
+  decoded = []
+  for start, stop in [(0, 1), (1, 2), (2, 3), (3, 4), (4, 6)]:
+    logits, keys, values = decode(responses[:, start:stop], start, keys, values)
+    decoded.append(logits)
+  decoded = np.concatenate(decoded, axis=1)
+
+  for row in range(N):
+    n = prompt_lengths[row // samples]
+    prompt = prompts[row // samples, P - n :]
+    full = logits_of(policy, np.concatenate([prompt, responses[row]])[None])
+    assert_close(decoded[row], full[0, n:])
+
+
+def test_packed_segments_equal_separate_rows(policy):
+  lengths = [5, 1, 4]
+  rows = [random_tokens(seed, n) for seed, n in enumerate(lengths)]
+  padding = random_tokens(9, 2)
+  tokens = np.concatenate([rows[0], rows[1], padding[:1], rows[2], padding[1:]])
+  segment_ids = np.repeat([3, 1, 0, 2, 0], [5, 1, 1, 4, 1])  # in no order
+  positions = np.concatenate([np.arange(n) for n in (5, 1, 1, 4, 1)])
+  packed = logits_of(policy, tokens[None], positions[None], segment_ids[None])[0]
+  for row, start in zip(rows, (0, 5, 7), strict=True):
+    assert_close(packed[start : start + len(row)], logits_of(policy, row[None])[0])
+
+
+def test_packed_segments_do_not_see_each_other(policy):
+  segment_ids = np.repeat([[1, 2, 3]], [3, 4, 2], axis=1)
+  positions = np.concatenate([np.arange(n) for n in (3, 4, 2)])[None]
+  tokens, other = random_tokens(0, 1, 9), random_tokens(1, 1, 9)
+  for segment in (1, 2, 3):
+    own = segment_ids == segment
+    mixed = np.where(own, tokens, other)
+    # Same program, same operands where it counts: equal to the last bit.
+    assert_same_bits(
+      logits_of(policy, mixed, positions, segment_ids)[own],
+      logits_of(policy, tokens, positions, segment_ids)[own],
+    )
+
+
+def test_padding_never_changes_a_real_token(policy):
+  left, right = np.array([3, 0, 1]), np.array([2, 4, 0])
+  T = 8
+  columns = np.arange(T)
+  real = (columns >= left[:, None]) & (columns < T - right[:, None])
+  positions = np.maximum(columns - left[:, None], 0)
+  tokens = random_tokens(3, 3, T)
+  outputs = []
+  for padding in (np.zeros_like(tokens), random_tokens(4, 3, T), tokens[:, ::-1]):
+    padded = np.where(real, tokens, padding)
+    logits = logits_of(policy, padded, positions, real.astype(np.int32))
+    assert np.isfinite(logits).all()
+    outputs.append(np.asarray(logits)[real])
+  assert_same_bits(outputs[1], outputs[0])
+  assert_same_bits(outputs[2], outputs[0])
+  for row, (start, stop) in enumerate(zip(left, T - right, strict=True)):
+    alone = logits_of(policy, tokens[row : row + 1, start:stop])[0]
+    assert_close(outputs[0][np.nonzero(real)[0] == row], alone)
+
+
+def test_padding_gets_a_finite_gradient_of_zero(policy):
+  """Queries without keys must not spread NaN through the parameters."""
+  real = np.array([[0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0]])
+  tokens = np.where(real, random_tokens(5, 2, 6) % 13, 13)  # 13 is in padding alone
+
+  @jax.jit
+  @jax.grad
+  def gradient(policy):
+    logits = policy.logits(tokens, segment_ids=real)
+    return (jax.nn.log_softmax(logits)[..., 7] * real).sum()
+
+  actual = parameters(gradient(policy))
+  assert all(np.isfinite(leaf).all() for leaf in actual.values())
+  rows = np.abs(actual[".embedding.value"]).max(-1)
+  assert set(np.nonzero(rows)[0]) == set(tokens[real > 0])
+
+
+def test_no_token_sees_a_later_one(policy):
+  tokens, other = random_tokens(6, 2, 7), random_tokens(7, 2, 7)
+  for t in (1, 4, 6):
+    changed = np.where(np.arange(7) < t, tokens, other)
+    before, after = logits_of(policy, tokens), logits_of(policy, changed)
+    assert_same_bits(after[:, :t], before[:, :t])
+    assert (np.abs(after[:, t] - before[:, t]).max(-1) > 0.1).all()
+
+
+def test_only_distances_between_positions_matter(policy):
+  tokens = random_tokens(8, 2, 9)
+  positions = np.broadcast_to(np.arange(9), tokens.shape)
+  expected = logits_of(policy, tokens, positions)
+  # Angles of 40 have a rounding of 2e-6, which the scores multiply.
+  assert_close(logits_of(policy, tokens, positions + 31), expected, atol=3e-4)
+  stretched = logits_of(policy, tokens, 2 * positions)
+  assert np.abs(stretched - expected).max() > 0.1
+
+
+# --- attention ----------------------------------------------------------------------
+
+
+def numpy_attention(query, key, value, mask):
+  """One query, one head at a time, in float64; head h reads key-value head h // R."""
+  B, T, H, E = query.shape
+  query, key, value = (x.astype(np.float64) for x in (query, key, value))
+  repeats = H // key.shape[2]
+  out = np.zeros((B, T, H, value.shape[-1]))
+  for b, t, h in np.ndindex(B, T, H):
+    seen = np.nonzero(mask[b, t])[0]
+    scores = key[b, seen, h // repeats] @ query[b, t, h] / np.sqrt(E)
+    weights = np.exp(scores - scores.max())
+    out[b, t, h] = weights / weights.sum() @ value[b, seen, h // repeats]
+  return out
+
+
+def random_attention(B=6, T=4, S=7, H=6, K=2, E=10):
+  random = np.random.default_rng(11)
+  query = random.normal(size=(B, T, H, E)).astype(np.float32)
+  key, value = random.normal(size=(2, B, S, K, E)).astype(np.float32)
+  mask = random.random((B, T, S)) < 0.6
+  mask[..., 0] = True
+  return 3 * query, key, value, mask
+
+
+def test_attention_equals_a_loop_over_queries_and_heads():
+  query, key, value, mask = random_attention()
+  expected = numpy_attention(query, key, value, mask)
+  actual = attention(query, [Keys(key, value, mask)])
+  # Float32 scores of order 10: 1e-6 each.
+  assert_close(actual, expected, atol=1e-5)
+
+
+def test_split_keys_equal_keys_in_one_part():
+  query, key, value, mask = random_attention()
+  parts = [
+    Keys(key[:, i:j], value[:, i:j], mask[:, :, i:j])
+    for i, j in [(0, 3), (3, 4), (4, 7)]
+  ]
+  expected = attention(query, [Keys(key, value, mask)])
+  assert_close(attention(query, parts), expected, atol=1e-5)
+  # A part that nobody may see adds nothing, whatever lies in it.
+  blind = Keys(100 * key, -100 * value, np.zeros_like(mask))
+  assert_close(attention(query, [blind, *parts]), expected, atol=1e-5)
+
+
+def test_shared_keys_equal_repeated_keys():
+  """Two prompts for six rows, three in sequence each, with one mask per prompt."""
+  query, key, value, mask = random_attention()
+  own = Keys(key, value, mask)
+  _, key, value, mask = random_attention(B=2, T=1, S=5)
+  repeated = Keys(*(np.repeat(x, 3, axis=0) for x in (key, value, mask)))
+  expected = attention(query, [repeated, own])
+  assert_close(attention(query, [Keys(key, value, mask), own]), expected, atol=1e-5)
+
+
+# --- numbers, devices, programs -----------------------------------------------------
+
+
+def sum_of_logprobs(policy, tokens, remat=False):
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  hidden, _ = policy.hidden(tokens, positions, remat=remat)
+  logprobs = jax.nn.log_softmax(policy.project(hidden[:, :-1]))
+  return jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1).sum()
+
+
+def test_remat_gives_the_same_gradient_in_less_memory(policy):
+  tokens = random_tokens(12, 2, 96)
+  gradients, sizes = [], []
+  for remat in (False, True):
+    program = jax.jit(jax.grad(sum_of_logprobs), static_argnums=2)
+    compiled = program.lower(policy, tokens, remat).compile()
+    gradients.append(parameters(compiled(policy, tokens)))
+    sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+  # The same sums, fused differently.
+  assert_close_parameters(gradients[1], gradients[0], rtol=1e-5)
+  assert sizes[1] < 0.8 * sizes[0]
+
+
+def test_bfloat16_activations_keep_float32_parameters_and_logits(tmp_path):
+  models.save(random_policy(), tmp_path)
+  full, half = models.load(tmp_path), models.load(tmp_path, dtype=jnp.bfloat16)
+  assert_same_parameters(jax.tree.leaves(half), jax.tree.leaves(full))
+
+  tokens = random_tokens(13, 2, 9)
+  positions = jnp.broadcast_to(jnp.arange(9), tokens.shape)
+  hidden, (keys, values) = jax.jit(Policy.hidden)(half, tokens, positions)
+  assert hidden.dtype == keys.dtype == values.dtype == jnp.bfloat16
+  logits = logits_of(half, tokens)
+  assert logits.dtype == jnp.float32
+  # Sums in float32: rounded to bfloat16, every logit would survive the cast.
+  assert (logits.astype(jnp.bfloat16).astype(jnp.float32) != logits).mean() > 0.9
+  expected = logits_of(full, tokens)
+  # 8 bits are 0.4% per operation, over some 20 operations in sequence.
+  assert np.abs(logits - expected).mean() < 0.05 * np.std(expected)
+
+  gradient = jax.jit(jax.grad(sum_of_logprobs))(half, tokens)
+  assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+
+
+def test_sharded_policy_gives_the_logits_of_one_device(tmp_path):
+  models.save(random_policy(vocab_size=62), tmp_path)
+  alone = models.load(tmp_path)
+  mesh = sharding.make_mesh(1, 4, 2)
+  spread = models.load(tmp_path, mesh=mesh)
+  assert_same_parameters(jax.tree.leaves(spread), jax.tree.leaves(alone))
+
+  def shard_shape(param):
+    shards = param[...].addressable_shards
+    assert len({shard.device for shard in shards}) == 8
+    (shape,) = {shard.data.shape for shard in shards}
+    return shape
+
+  # [3, 20, 48] over fsdp 4 and tensor 2, and so on; layers are not split.
+  block = spread.layers
+  assert shard_shape(spread.embedding) == (62 // 2, 20 // 4)
+  assert shard_shape(spread.untied) == (62 // 2, 20 // 4)
+  assert shard_shape(block.attention.query.kernel) == (3, 20 // 4, 48 // 2)
+  assert shard_shape(block.attention.query.bias) == (3, 48 // 2)
+  assert shard_shape(block.attention.key.kernel) == (3, 20 // 4, 16 // 2)
+  assert shard_shape(block.attention.out.kernel) == (3, 48 // 2, 20 // 4)
+  assert shard_shape(block.mlp.up.kernel) == (3, 20 // 4, 28 // 2)
+  assert shard_shape(block.mlp.down.kernel) == (3, 28 // 2, 20 // 4)
+  assert shard_shape(block.mlp_norm.scale) == (3, 20)
+
+  tokens = random_tokens(14, 4, 6, vocab_size=62)
+  segment_ids = np.array([[1] * 6, [0, 0, 1, 1, 1, 1], [1] * 3 + [2] * 3, [1] * 6])
+  logits = logits_of(
+    spread, sharding.put(tokens, mesh, "batch", None), segment_ids=segment_ids
+  )
+  assert_close(logits, logits_of(alone, tokens, segment_ids=segment_ids))
+  gradient = jax.jit(jax.grad(sum_of_logprobs))
+  # Sums over devices come in another order.
+  assert_close_parameters(
+    parameters(gradient(spread, tokens)),
+    parameters(gradient(alone, tokens)),
+    rtol=1e-5,
+  )
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_program_does_not_grow_with_depth(remat):
+  tokens = random_tokens(15, 2, 5)
+
+  def size(num_layers):
+    policy = random_policy(num_layers=num_layers)
+    program = jax.grad(lambda policy: sum_of_logprobs(policy, tokens, remat))
+    # Printed, an equation is a line with " = ", those of inner programs included.
+    return str(jax.make_jaxpr(program)(policy)).count(" = ")
+
+  assert size(2) == size(6) > 100
