@@ -3,8 +3,8 @@
     python benchmarks/step.py [--repeats 5]
 
 Two shapes: the quickstart's, and bench-small (Qwen2, vocabulary 4096, width 256, 6
-layers, tied; 16 prompts of 64 tokens x 8 samples of 128 tokens). Machines differ and are
-noisy: compare figures of one run with each other, not with another day's.
+layers, tied; 16 prompts of 64 tokens x 8 samples of 128 tokens). Machines differ and
+are noisy: compare figures of one run with each other, not with another day's.
 """
 
 import argparse

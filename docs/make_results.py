@@ -2,8 +2,8 @@
 
     .venv/bin/python docs/make_results.py [runs/results]
 
-Seven runs, about 15 minutes on two cores; a run that is complete is not repeated. Writes
-`docs/results/quickstart.json`, `docs/quickstart.png` and `docs/variants.png`.
+Seven runs, about 15 minutes on two cores; a run that is complete is not repeated.
+Writes `docs/results/quickstart.json`, `docs/quickstart.png` and `docs/variants.png`.
 """
 
 import json

@@ -60,7 +60,7 @@ def linear_logprobs(
     )
   num_tokens = targets.shape[-1]
   rows = targets.size // max(num_tokens, 1)
-  block = max(1, min(num_tokens, block_logits // (rows * unembedding.shape[0])))
+  block = max(1, min(num_tokens, block_logits // max(rows * unembedding.shape[0], 1)))
   if block >= num_tokens:
     return _token_stats(hidden, unembedding, targets, temperature)
 

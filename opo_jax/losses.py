@@ -105,7 +105,8 @@ def policy_gradient(
   Returns:
     float32 scalar, and an empty dict.
   """
-  advantages = _per_token(advantages, logprobs)
+  # Masked before the product: the gradient behind the mask would be 0 * NaN.
+  advantages = jnp.where(jnp.asarray(mask, bool), _per_token(advantages, logprobs), 0.0)
   loss = aggregate(-advantages * logprobs, mask, aggregation, normalizer=normalizer)
   return loss, {}
 

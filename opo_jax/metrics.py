@@ -53,12 +53,16 @@ class JsonLines:
   def __init__(self, path: pathlib.Path, *, resume_at: int | None):
     kept = []
     if resume_at is not None and path.exists():
-      for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+      # Bytes, and newlines alone: a kill may have cut a character in two, and
+      # `str.splitlines` also breaks at U+2028 and the like, which answers may contain.
+      for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):
           if json.loads(line)["step"] <= resume_at:
-            kept.append(line + "\n")
-    path.write_text("".join(kept))
-    self._file = path.open("a")
+            kept.append(line + b"\n")
+    new = path.with_suffix(".new")  # replaced whole: a kill leaves the one or the other
+    new.write_bytes(b"".join(kept))
+    new.replace(path)
+    self._file = path.open("a", encoding="utf-8", newline="\n")
 
   def write(self, row: dict[str, Any]) -> None:
     self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -178,7 +182,7 @@ def describe_responses(
     row["response_length/correct_mean"] = float(lengths[right].mean())
   if wrong.any():
     row["response_length/wrong_mean"] = float(lengths[wrong].mean())
-  if np.ptp(lengths[scorable]) and np.ptp(rewards[scorable]):
+  if scorable.any() and np.ptp(lengths[scorable]) and np.ptp(rewards[scorable]):
     correlation = np.corrcoef(lengths[scorable], rewards[scorable])[0, 1]
     row["response_length/reward_correlation"] = float(correlation)
   return row

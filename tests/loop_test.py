@@ -278,9 +278,9 @@ def start(directory, *arguments, devices=1, experiment="quickstart"):
   environment = os.environ | {
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
   }
+  command = [sys.executable, "-m", "opo_jax", "train", experiment]
   return subprocess.Popen(
-    [sys.executable, "-m", "opo_jax", "train", experiment]
-    + ["--run", str(directory), *arguments],
+    [*command, "--run", str(directory), *arguments],
     cwd=ROOT,
     env=environment,
     stdout=subprocess.DEVNULL,

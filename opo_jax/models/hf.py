@@ -213,10 +213,8 @@ def _config_from(values: dict[str, Any]) -> ModelConfig:
     raise ValueError(f"config.json lacks {missing}; give a Hugging Face config.")
   # Newer files keep the rotary settings together.
   rope = values.get("rope_parameters") or {}
-  if (
-    not rope.items()
-    <= {"rope_type": "default", "rope_theta": rope.get("rope_theta")}.items()
-  ):
+  others = rope.keys() - {"rope_type", "rope_theta"}
+  if others or rope.get("rope_type", "default") != "default":
     raise ValueError(
       f"config.json has rope_parameters = {rope!r}; only rope_type 'default' with a"
       " rope_theta is supported."
