@@ -30,6 +30,7 @@ class Parts:
     mesh: of all devices.
     init: () -> the fresh or loaded policy, laid out over the mesh.
     like: shapes and layout of the policy.
+    like_state: shapes and layout of the RL phase's TrainState.
     start: policy -> TrainState of the RL phase, at step 0.
     start_warm: policy -> TrainState of the warm start.
     sample: (policy, prompts, samples_per_prompt, temperature, seed, version)
@@ -44,6 +45,7 @@ class Parts:
   mesh: Mesh
   init: Callable[[], Policy]
   like: Policy
+  like_state: trainer.TrainState
   start: Callable[[Policy], trainer.TrainState]
   start_warm: Callable[[Policy], trainer.TrainState]
   sample: Callable[..., Rollouts]
@@ -88,6 +90,9 @@ def build(config: Config, *, eos_ids: tuple[int, ...], vocab_size: int) -> Parts
 
   schedule = _schedule(config)
   optimizer = _adamw(config, schedule)
+  start = functools.partial(_start, optimizer, mesh)
+  like_state = jax.eval_shape(start, like)
+  like_state = sharding.abstract(like_state, sharding.tree_shardings(like_state, mesh))
   warm_steps = max(config.warm_start.steps, 1)
   warm_schedule = optax.warmup_cosine_decay_schedule(
     0.0, config.warm_start.learning_rate, warm_steps // 10, warm_steps
@@ -98,7 +103,8 @@ def build(config: Config, *, eos_ids: tuple[int, ...], vocab_size: int) -> Parts
     mesh=mesh,
     init=init,
     like=like,
-    start=functools.partial(_start, optimizer, mesh),
+    like_state=like_state,
+    start=start,
     start_warm=functools.partial(_start, warm_optimizer, mesh),
     sample=functools.partial(_sample, config),
     update=trainer.Update(_algorithm(config), optimizer),

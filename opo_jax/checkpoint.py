@@ -81,11 +81,11 @@ class Checkpoints:
     leaves = [restored["state"][name] for name in wanted]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), restored["host"]
 
-  def wait(self) -> None:
-    """Blocks until everything saved is on disk."""
-    self._manager.wait_until_finished()
+  def __enter__(self) -> "Checkpoints":
+    return self
 
-  def close(self) -> None:
+  def __exit__(self, *error) -> None:
+    """Returns once everything saved is on disk."""
     self._manager.close()
 
 

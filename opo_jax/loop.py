@@ -6,6 +6,7 @@ A run lives in a directory. The same command on the same directory goes on where
 last checkpoint was, exactly: everything random is drawn from (seed, purpose, step).
 """
 
+import contextlib
 import json
 import math
 import pathlib
@@ -56,7 +57,8 @@ def train(config: Config, directory: pathlib.Path) -> None:
     FloatingPointError: a metric that is not finite; names the step.
   """
   check_directory(config, directory)
-  with Run(config, directory) as run:
+  with contextlib.ExitStack() as stack:
+    run = stack.enter_context(Run(config, directory))
     problems = sources.load(config.data.train, "train")
     stream = sources.ProblemStream(problems, seed=config.seed)
     run.encode(problems)  # a prompt over the limit shows now, not at step 700
@@ -65,13 +67,15 @@ def train(config: Config, directory: pathlib.Path) -> None:
 
     start_policy = run.start_policy(problems)
     state = run.parts.start(start_policy)
-    checkpoints = Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep)
+    checkpoints = stack.enter_context(
+      Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep)
+    )
     done = checkpoints.latest() or 0
     if done:
       state, host = checkpoints.restore(done, state)
       stream.restore(host["data"])
       run.terminal.say(f"Resumed after step {done} of {config.steps}.")
-    record = Record(directory, resume_at=done or None)
+    record = stack.enter_context(Record(directory, resume_at=done or None))
 
     if not done:
       row = {"step": 0} | run.evaluate(start_policy)
@@ -110,8 +114,6 @@ def train(config: Config, directory: pathlib.Path) -> None:
         advance()
         if last or step % config.record.print_every == 0:
           run.terminal.say(_line(row))
-    checkpoints.close()
-    record.close()
 
 
 def evaluate_run(config: Config, directory: pathlib.Path) -> dict[str, float]:
@@ -147,15 +149,13 @@ def export(config: Config, directory: pathlib.Path, out: pathlib.Path) -> pathli
 
 def load_policy(run: "Run") -> Any:
   """The policy of the run's last checkpoint."""
-  checkpoints = Checkpoints(run.directory / "checkpoints")
-  step = checkpoints.latest()
-  if step is None:
-    raise ValueError(
-      f"{run.directory} has no checkpoint yet; train first (make train EXP=… RUN=…)."
-    )
-  like = jax.eval_shape(run.parts.start, run.parts.like)
-  layout = sharding.tree_shardings(like, run.parts.mesh)
-  return checkpoints.restore(step, sharding.abstract(like, layout))[0].policy
+  with Checkpoints(run.directory / "checkpoints") as checkpoints:
+    step = checkpoints.latest()
+    if step is None:
+      raise ValueError(
+        f"{run.directory} has no checkpoint yet; train first (make train EXP=… RUN=…)."
+      )
+    return checkpoints.restore(step, run.parts.like_state)[0].policy
 
 
 class Run:
@@ -322,22 +322,21 @@ class Run:
 
   def start_policy(self, problems: Sequence[Problem]) -> Any:
     """Where RL starts: kept in `start/`, warm-started first if the config says so."""
-    kept = Checkpoints(self.directory / "start")
-    if kept.latest() is None:
+    with Checkpoints(self.directory / "start") as kept:
+      if kept.latest() is not None:
+        return kept.restore(0, self.parts.like)[0]
       policy = self.parts.init()
       if self.config.warm_start.steps:
         policy = self._warm_start(policy, problems)
       kept.save(0, policy, {"config": config_lib.to_dict(self.config)})
-      kept.close()
       return policy
-    return self.load_start()
 
   def load_start(self) -> Any:
     """The policy RL started from, for evaluation beside the trained one."""
-    kept = Checkpoints(self.directory / "start")
-    if kept.latest() is None:
-      raise ValueError(f"{self.directory} has no start policy yet; train first.")
-    return kept.restore(0, self.parts.like)[0]
+    with Checkpoints(self.directory / "start") as kept:
+      if kept.latest() is None:
+        raise ValueError(f"{self.directory} has no start policy yet; train first.")
+      return kept.restore(0, self.parts.like)[0]
 
   def _warm_start(self, policy, problems):
     settings = self.config.warm_start
@@ -412,7 +411,10 @@ class Record:
         row["reward"] = float(rewards[i])
       self._samples.write(row)
 
-  def close(self) -> None:
+  def __enter__(self) -> "Record":
+    return self
+
+  def __exit__(self, *error) -> None:
     for part in (self._metrics, self._samples, self._board):
       part.close()
 

@@ -17,7 +17,7 @@ import pytest
 from experiments.quickstart import get_config
 from opo_jax import __main__ as command_line
 from opo_jax import loop, models
-from opo_jax.config import Checkpoint, Eval, Record, Rollout, WarmStart
+from opo_jax.config import Checkpoint, Eval, Record, Rollout
 from opo_jax.data import arithmetic, prompts, sources
 from opo_jax.data.prompts import Problem
 
@@ -38,10 +38,11 @@ SMALL = [
 
 def small_config(**changes):
   """What the flags SMALL make of quickstart."""
+  base = get_config()
   config = dataclasses.replace(
-    get_config(),
+    base,
     steps=4,
-    warm_start=WarmStart(steps=3, batch_size=16, learning_rate=2e-3),
+    warm_start=dataclasses.replace(base.warm_start, steps=3, batch_size=16),
     rollout=Rollout(prompts_per_step=8, group_size=4),
     eval=Eval(every=2, problems=8, samples=2),
     checkpoint=Checkpoint(every=2),
