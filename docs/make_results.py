@@ -37,6 +37,7 @@ def main(directory: pathlib.Path) -> None:
     subprocess.run(command, check=True, cwd=DOCS.parent)
   results = {label: summary(path) for label, path in paths.items()}
   out = DOCS / "results" / "quickstart.json"
+  out.parent.mkdir(exist_ok=True)
   out.write_text(json.dumps(results, indent=2) + "\n")
   seeds = {label: paths[label] for label in RUNS if label.startswith("opo, seed")}
   plots.compare_figure(seeds, DOCS / "quickstart.png")

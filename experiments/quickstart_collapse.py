@@ -1,9 +1,9 @@
-"""The collapse: a careless learning rate on a start that has not learnt the steps.
+"""The collapse: RL on a start that has not learnt the single steps.
 
 Claim:    the policy falls into three-token guesses within ten steps and stays there;
-          pass@1 is that of guessing, entropy is gone, and every group is of one mind.
-          Long answers are mostly wrong at this start and carry most of the negative
-          gradient, so the first large steps remove length itself.
+          pass@1 is that of guessing and entropy is gone. Long answers are mostly wrong
+          at this start and carry most of the negative gradient, so the first large
+          steps remove length itself.
 Command:  make train EXP=quickstart_collapse
 Hardware: any; 2 CPU cores need about a minute.
 Result:   see experiments/README.md.
