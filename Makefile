@@ -6,10 +6,9 @@
 #   make report RUN=…       make export RUN=… OUT=directory
 #   make test               make lint               make bench
 
-SHELL := /bin/bash
 VENV ?= .venv
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
-  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
   && echo $$p && break; done)
 # Which JAX: of a TPU VM, of an NVIDIA driver, or of neither. JAX_EXTRA= overrides.
 JAX_EXTRA ?= $(shell \
@@ -28,32 +27,34 @@ help:
 	@sed -n '4,8s/^# \{0,1\}//p' Makefile
 
 # One stamp for what running needs, one for what testing needs besides.
-$(VENV)/.installed: setup.py constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; install one, or name it (make PYTHON=...)." >&2; exit 2; }
+INSTALLED := $(VENV)/.installed-$(or $(JAX_EXTRA),cpu)
+PIP := $(VENV)/bin/python -m pip
+INSTALL := $(PIP) install -q --disable-pip-version-check -c constraints.txt
+
+$(INSTALLED): setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or name it (make PYTHON=...)." >&2; exit 2; }
 	@echo "Installing into $(VENV) (once; $(or $(JAX_EXTRA),cpu) JAX)"
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)' \
-	  2> >(grep -v '^WARNING: Location' >&2)
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(INSTALL) -e '.$(EXTRAS)'
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' \
-	  2> >(grep -v '^WARNING: Location' >&2)
+$(VENV)/.installed-dev: $(INSTALLED)
+	@$(INSTALL) -e '.[dev]'
 	@touch $@
 
-train: $(VENV)/.installed
+train: $(INSTALLED)
 	@test -n "$(EXP)" || { echo "error: which experiment? make train EXP=quickstart; there are: $$(cd experiments && ls [a-z]*.py | sed 's/\.py//' | tr '\n' ' ')" >&2; exit 2; }
-	@$(OPO) train $(EXP) --run $(RUN) $(ARGS)
+	@$(OPO) train $(EXP) --run "$(RUN)" $(ARGS)
 
-eval: $(VENV)/.installed
-	@$(OPO) eval $(RUN) $(ARGS)
+eval: $(INSTALLED)
+	@$(OPO) eval "$(RUN)" $(ARGS)
 
-report: $(VENV)/.installed
-	@$(OPO) report $(RUN)
+report: $(INSTALLED)
+	@$(OPO) report "$(RUN)"
 
-export: $(VENV)/.installed
+export: $(INSTALLED)
 	@test -n "$(OUT)" || { echo "error: where to? make export RUN=$(RUN) OUT=directory" >&2; exit 2; }
-	@$(OPO) export $(RUN) $(OUT)
+	@$(OPO) export "$(RUN)" "$(OUT)"
 
 test: $(VENV)/.installed-dev
 	@$(VENV)/bin/python -m pytest -q $(ARGS)
@@ -61,7 +62,7 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
-bench: $(VENV)/.installed
+bench: $(INSTALLED)
 	@for file in benchmarks/*.py; do echo "== $$file"; $(VENV)/bin/python $$file || exit 1; done
 
 clean:

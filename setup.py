@@ -22,12 +22,15 @@ setup(
   python_requires=">=3.11",
   install_requires=[
     # The device side.
+    "numpy>=2.0,<3",
     "jax>=0.10,<0.13",
     "flax>=0.12.8,<0.13",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12,<0.13",
     # Tokenizers, chat templates, weights.
     "transformers>=5.0,<6",
+    "tokenizers>=0.22,<0.24",
+    "huggingface_hub>=1.0,<3",
     "jinja2>=3.1,<4",
     "safetensors>=0.8,<0.9",
     # Data: TFDS reads ArrayRecord files, without TensorFlow.

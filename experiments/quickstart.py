@@ -2,7 +2,7 @@
 
 Claim:    held-out pass@1 of running totals rises from about 0.33 to above 0.95.
 Command:  make train EXP=quickstart
-Hardware: any; 2 CPU cores need about 2 minutes, one of them for the warm start.
+Hardware: any; 2 CPU cores need 2 to 3 minutes, half a minute to one for the warm start.
 Result:   see README.md and experiments/README.md.
 """
 

@@ -6,6 +6,7 @@ answer at once. A mistake of the person's ends with one line and exit code 2.
 
 import argparse
 import importlib
+import logging
 import os
 import pathlib
 import sys
@@ -35,16 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
   known, flags = parser.parse_known_args(arguments)
   if flags and known.command in ("report", "export"):
     parser.error(f"{known.command} takes no further flags, got {' '.join(flags)}")
-  # One line of ours instead of pages of others': transformers without torch, absl.
+  # Others' notices, which nobody can act on: transformers without torch, Orbax.
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+  logging.getLogger("absl").setLevel(logging.ERROR)
   try:
     return COMMANDS[known.command](known, flags)
   except (ValueError, FloatingPointError, RuntimeError) as error:
-    if os.environ.get("OPO_TRACEBACK"):
+    if not _raised_by_us(error):
       raise
-    hint = "" if _raised_by_us(error) else "  (OPO_TRACEBACK=1 shows where)"
-    print(f"error: {error}{hint}", file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr)
     return 2 if isinstance(error, ValueError) else 1
+  except KeyboardInterrupt:
+    print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+    return 130
 
 
 def _raised_by_us(error: Exception) -> bool:

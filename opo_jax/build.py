@@ -18,7 +18,7 @@ from opo_jax import sampler, sharding, trainer
 from opo_jax.advantages import ESTIMATORS
 from opo_jax.config import Config
 from opo_jax.models import ModelConfig, Policy, save
-from opo_jax.models.hf import read_config, read_weights
+from opo_jax.models.hf import end_tokens, read_config, read_weights
 from opo_jax.rollouts import Rollouts
 
 
@@ -61,15 +61,13 @@ def build(config: Config, *, eos_ids: tuple[int, ...], vocab_size: int) -> Parts
 
   Args:
     config: the run.
-    eos_ids: the tokens that end a response.
+    eos_ids: the tokens that end a response, those of `model_end_tokens` among them.
     vocab_size: the tokenizer's; the policy's may be larger, not smaller.
 
   Raises:
     ValueError: sizes that do not fit the mesh or each other.
   """
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  _check_batch(config, mesh)
-
   model_config = _model_config(config)
   _check_vocabulary(model_config.vocab_size, vocab_size)
   key = jax.random.key(config.seed)
@@ -125,6 +123,11 @@ def build(config: Config, *, eos_ids: tuple[int, ...], vocab_size: int) -> Parts
   )
 
 
+def model_end_tokens(config: Config) -> tuple[int, ...]:
+  """The end tokens that the model itself names; none for fresh weights."""
+  return end_tokens(config.model.path) if config.model.path else ()
+
+
 def demonstrations(
   prompts: Sequence[Sequence[int]],
   responses: Sequence[Sequence[int]],
@@ -155,13 +158,16 @@ def demonstrations(
     mask=jnp.arange(max_new_tokens) < lengths[:, None],
     lengths=jnp.asarray(lengths),
     prompt_ids=jnp.arange(num, dtype=jnp.int32),
-    finished=jnp.asarray(ends, bool),
+    finished=jnp.array(
+      [e and len(r) <= max_new_tokens for e, r in zip(ends, responses, strict=True)]
+    ),
     temperature=jnp.float32(1.0),
     version=jnp.int32(-1),
   )
 
 
-def _check_batch(config, mesh):
+def check_batch(config: Config, mesh: Mesh) -> None:
+  """Refuses batches that do not fill the mesh, with the multiple that would."""
   shards = sharding.batch_shards(mesh)
   parts = config.algorithm.updates_per_batch * config.algorithm.micro_batches * shards
   prompts, group = config.rollout.prompts_per_step, config.rollout.group_size
@@ -241,16 +247,16 @@ def _sample(
 def _algorithm(config: Config) -> trainer.Algorithm:
   algorithm = config.algorithm
   objective = trainer.OBJECTIVES[algorithm.loss]
+  clip = (algorithm.clip_low, algorithm.clip_high)
   if algorithm.loss == "ppo_clip":
-    objective = functools.partial(
-      objective, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high
-    )
+    objective = functools.partial(objective, clip_low=clip[0], clip_high=clip[1])
   return trainer.Algorithm(
     estimator=ESTIMATORS[algorithm.advantage],
     objective=objective,
     aggregation=algorithm.aggregation,
     updates_per_batch=algorithm.updates_per_batch,
     micro_batches=algorithm.micro_batches,
+    clip=clip,
     require_on_policy=algorithm.updates_per_batch == 1,
     remat=config.model.remat,
   )

@@ -1,12 +1,13 @@
 """Every knob of a run on one page. Each is a flag: `--rollout.group-size 16`.
 
-The comment on a field says what it means, its unit, and the one place that reads it.
+The comment on a field says what it means, its unit, and the rooms that read it.
 Only `build`, `loop` and the command line know these classes; all other rooms take
 plain values.
 """
 
 import dataclasses
 import difflib
+import operator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from typing import Any, Literal
 class Model:
   """The policy. With `path` it is loaded, and the sizes below are not read."""
 
-  # Directory in Hugging Face format, or empty: fresh weights. (build)
+  # Directory or hub id in Hugging Face format, or empty: fresh weights. (loop, build)
   path: str = ""
   # Rows of the embedding, at least the tokenizer's size. (build)
   vocab_size: int = 32
@@ -45,7 +46,7 @@ class Data:
 
   # Name of the training problems, see data/sources.py. (loop)
   train: str = "arithmetic"
-  # `arithmetic`, a directory, or a hub id. (loop)
+  # `arithmetic`, a directory, a hub id, or empty: the model's own. (loop)
   tokenizer: str = "arithmetic"
   # The system turn of every prompt; empty: none. (loop)
   system: str = ""
@@ -73,9 +74,9 @@ class Reward:
 class WarmStart:
   """Supervised learning on demonstrations, before RL."""
 
-  # Optimiser steps; 0 leaves the phase out. (loop)
+  # Optimiser steps; 0 leaves the phase out. (loop, build)
   steps: int = 0
-  # Demonstrations per step. (loop)
+  # Demonstrations per step. (loop, build)
   batch_size: int = 128
   # Peak, reached after a tenth of the steps; a cosine then falls to 0. (build)
   learning_rate: float = 2e-3
@@ -85,15 +86,15 @@ class WarmStart:
 class Rollout:
   """Sampling for training."""
 
-  # Prompts, that is groups, in a step. (loop)
+  # Prompts, that is groups, in a step. (loop, build)
   prompts_per_step: int = 32
-  # Responses to each prompt. (build)
+  # Responses to each prompt. (loop, build)
   group_size: int = 8
   # Longest prompt, tokens; a longer one stops the run. (loop)
   max_prompt_tokens: int = 512
-  # Longest response, tokens, the end token included. (build)
+  # Longest response, tokens, the end token included. (loop, build)
   max_new_tokens: int = 24
-  # Of sampler and learner alike; above 0. (build)
+  # Of sampler and learner alike; above 0. (loop)
   temperature: float = 1.0
   # Rows decoded at a time; 0 decodes all together. (build)
   slots: int = 0
@@ -133,7 +134,7 @@ class Algorithm:
 
 @dataclass(frozen=True)
 class Optimizer:
-  """AdamW on the RL phase."""
+  """AdamW; the warm start has its own learning rate and shares the rest."""
 
   # Peak learning rate. (build)
   learning_rate: float = 1e-6
@@ -209,9 +210,9 @@ class Config:
 
   # Name of the experiment, in config.json and the report. (plots)
   experiment: str = ""
-  # Of weights, data order and sampling. (loop)
+  # Of weights, data order and sampling. (loop, build)
   seed: int = 0
-  # RL steps. (loop)
+  # RL steps. (loop, build)
   steps: int = 100
   # The policy.
   model: Model = field(default_factory=Model)
@@ -225,7 +226,7 @@ class Config:
   rollout: Rollout = field(default_factory=Rollout)
   # From rewards to a gradient.
   algorithm: Algorithm = field(default_factory=Algorithm)
-  # AdamW on the RL phase.
+  # AdamW.
   optimizer: Optimizer = field(default_factory=Optimizer)
   # Devices.
   mesh: Mesh = field(default_factory=Mesh)
@@ -238,25 +239,33 @@ class Config:
 
   def __post_init__(self):
     """Checks what can be checked before any device is touched."""
-    positive = {
-      "steps": self.steps,
-      "rollout.prompts-per-step": self.rollout.prompts_per_step,
-      "rollout.group-size": self.rollout.group_size,
-      "rollout.max-new-tokens": self.rollout.max_new_tokens,
-      "algorithm.updates-per-batch": self.algorithm.updates_per_batch,
-      "algorithm.micro-batches": self.algorithm.micro_batches,
-      "checkpoint.every": self.checkpoint.every,
-      "checkpoint.keep": self.checkpoint.keep,
-      "eval.samples": self.eval.samples,
-      "record.print-every": self.record.print_every,
+    at_least = {
+      1: "steps model.vocab_size model.width model.mlp_width model.num_layers"
+      " model.num_heads model.num_kv_heads model.head_dim warm_start.batch_size"
+      " rollout.prompts_per_step rollout.group_size rollout.max_prompt_tokens"
+      " rollout.max_new_tokens algorithm.updates_per_batch algorithm.micro_batches"
+      " checkpoint.every checkpoint.keep eval.samples record.print_every",
+      0: "seed reward.workers reward.timeout_s reward.max_unscorable_fraction"
+      " warm_start.steps warm_start.learning_rate rollout.slots algorithm.clip_low"
+      " algorithm.clip_high optimizer.learning_rate optimizer.warmup_steps"
+      " optimizer.weight_decay optimizer.max_grad_norm eval.every eval.problems"
+      " eval.temperature record.kl_rollouts record.samples",
     }
-    for flag, value in positive.items():
-      if value < 1:
-        raise ValueError(f"--{flag} is {value}; it must be at least 1.")
+    for least, names in at_least.items():
+      for name in names.split():
+        value = operator.attrgetter(name)(self)
+        if value < least:
+          flag = name.replace("_", "-")
+          raise ValueError(f"--{flag} is {value}; it must be at least {least}.")
     if self.rollout.temperature <= 0:
       raise ValueError(
         f"--rollout.temperature is {self.rollout.temperature}; sampling for training"
         " needs one above 0 (1.0 samples the policy itself)."
+      )
+    if self.reward.verifier == "math" and not self.reward.workers:
+      raise ValueError(
+        "--reward.workers 0 would verify mathematics without a time limit, and some"
+        " answers take for ever; use --reward.workers 2."
       )
     updates = self.algorithm.updates_per_batch
     if updates > 1 and self.algorithm.loss == "policy_gradient":

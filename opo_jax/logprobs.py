@@ -89,8 +89,14 @@ def linear_logprobs(
 
 
 def _token_stats(hidden, unembedding, targets, temperature):
+  # float32 means float32: accelerators would otherwise round the factors.
+  precision = "highest" if hidden.dtype == jnp.float32 else None
   logits = jnp.einsum(
-    "...d,vd->...v", hidden, unembedding, preferred_element_type=jnp.float32
+    "...d,vd->...v",
+    hidden,
+    unembedding,
+    precision=precision,
+    preferred_element_type=jnp.float32,
   )
   logprobs = jax.nn.log_softmax(logits / temperature, axis=-1)
   probs = jnp.exp(logprobs)

@@ -7,6 +7,7 @@ last checkpoint was, exactly: everything random is drawn from (seed, purpose, st
 """
 
 import contextlib
+import functools
 import json
 import math
 import pathlib
@@ -33,6 +34,7 @@ from opo_jax.metrics import (
   Timers,
   check_finite,
   describe_responses,
+  write_json,
   write_run_json,
 )
 from opo_jax.rewards.math_verifier import RewardPool, math_reward
@@ -41,6 +43,8 @@ VERIFIERS: dict[str, Callable[[str, str], float]] = {
   "arithmetic": arithmetic.verify,
   "math": math_reward,
 }
+# The largest difference of log-probs that float32 rounding explains.
+GAP_BOUND = 1e-4
 DEMONSTRATIONS = {"arithmetic": arithmetic.demonstrations}
 
 
@@ -59,6 +63,7 @@ def train(config: Config, directory: pathlib.Path) -> None:
   check_directory(config, directory)
   with contextlib.ExitStack() as stack:
     run = stack.enter_context(Run(config, directory))
+    build.check_batch(config, run.parts.mesh)
     problems = sources.load(config.data.train, "train")
     stream = sources.ProblemStream(problems, seed=config.seed)
     run.encode(problems)  # a prompt over the limit shows now, not at step 700
@@ -74,6 +79,7 @@ def train(config: Config, directory: pathlib.Path) -> None:
     if done:
       state, host = checkpoints.restore(done, state)
       stream.restore(host["data"])
+      run.check_restored(done, state, host)
       run.terminal.say(f"Resumed after step {done} of {config.steps}.")
     record = stack.enter_context(Record(directory, resume_at=done or None))
 
@@ -98,13 +104,16 @@ def train(config: Config, directory: pathlib.Path) -> None:
             rewards, np.asarray(rollouts.lengths), np.asarray(rollouts.finished)
           )
         row = {"step": step, **metrics, **timers.metrics()}
-        row["learning_rate"] = float(run.parts.learning_rate(step - 1))
+        row["learning_rate"] = float(
+          run.parts.learning_rate((step - 1) * config.algorithm.updates_per_batch)
+        )
         row["throughput/tokens_per_s"] = row["rollout/tokens"] / row["time/step_s"]
 
         last = step == config.steps
         if last or (config.eval.every and step % config.eval.every == 0):
           row |= run.evaluate(state.policy)
         check_finite(row, step)
+        run.warn_of_gap(row)
         record.metrics(row)
         record.samples(
           step, asked, texts, rewards, rollouts, advantages, config.record.samples
@@ -128,7 +137,7 @@ def evaluate_run(config: Config, directory: pathlib.Path) -> dict[str, float]:
     rows = {name: run.evaluate(policy) for name, policy in policies.items()}
     for name, row in rows.items():
       run.terminal.say(f"{name:>6}  {_scores(row)}")
-    (directory / "eval.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write_json(directory / "eval.json", rows)
     return rows["final"]
 
 
@@ -163,48 +172,59 @@ class Run:
 
   def __init__(self, config: Config, directory: pathlib.Path):
     self.config, self.directory = config, directory
+    self._stack = contextlib.ExitStack()
     self.terminal = Terminal()
     self.tokenizer = (
       arithmetic.tokenizer()
       if config.data.tokenizer == "arithmetic"
-      else prompts_lib.load_tokenizer(config.data.tokenizer)
+      else prompts_lib.load_tokenizer(config.data.tokenizer or config.model.path)
     )
     self.parts: Parts = build.build(
       config,
-      eos_ids=prompts_lib.end_token_ids(self.tokenizer, config.model.path),
+      eos_ids=prompts_lib.end_token_ids(self.tokenizer, build.model_end_tokens(config)),
       vocab_size=len(self.tokenizer),
     )
-    held_out = sources.load(config.eval.benchmark, "test")
-    self.held_out = held_out[: config.eval.problems or len(held_out)]
-    if not self.held_out:
-      raise ValueError(
-        f"{config.eval.benchmark!r} has no test problems; use --eval.benchmark."
-      )
     if config.warm_start.steps and config.data.train not in DEMONSTRATIONS:
       raise ValueError(
         f"There are no demonstrations for {config.data.train!r} to warm-start from,"
         f" only for {sorted(DEMONSTRATIONS)}; use --warm-start.steps 0."
       )
-    self.verifier = RewardPool(
-      VERIFIERS[config.reward.verifier],
-      workers=config.reward.workers,
-      timeout_s=config.reward.timeout_s,
+
+  @functools.cached_property
+  def held_out(self) -> Sequence[Problem]:
+    """The evaluation problems."""
+    settings = self.config.eval
+    problems = sources.load(settings.benchmark, "test")
+    problems = problems[: settings.problems or len(problems)]
+    if not problems:
+      raise ValueError(
+        f"{settings.benchmark!r} has no test problems; use --eval.benchmark."
+      )
+    return problems
+
+  @functools.cached_property
+  def verifier(self) -> RewardPool:
+    """The processes that score answers, started on first use."""
+    reward = self.config.reward
+    return self._stack.enter_context(
+      RewardPool(
+        VERIFIERS[reward.verifier], workers=reward.workers, timeout_s=reward.timeout_s
+      )
     )
 
   def __enter__(self):
     return self
 
   def __exit__(self, *error):
-    self.verifier.close()
+    self._stack.close()
 
   def write_head(self) -> None:
-    """config.json and run.json, before anything else."""
+    """run.json and config.json, before anything else."""
     self.directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config_lib.to_dict(self.config), indent=2)
-    (self.directory / "config.json").write_text(text + "\n")
     write_run_json(
       self.directory, seed=self.config.seed, devices=sharding.describe(self.parts.mesh)
     )
+    write_json(self.directory / "config.json", config_lib.to_dict(self.config))
 
   def seed(self, purpose: str, step: int = 0) -> int:
     """A new seed for every purpose and step."""
@@ -233,6 +253,9 @@ class Run:
       seed=self.seed("rollout", step),
       version=int(state.step),
     )
+    # Groups of another size would be merged or split prompts: wrong baselines.
+    sizes = np.bincount(np.asarray(rollouts.prompt_ids), minlength=len(problems))
+    assert (sizes == self.config.rollout.group_size).all(), sizes
     return jax.block_until_ready(rollouts)
 
   def score(self, rollouts, problems) -> tuple[list[str], np.ndarray]:
@@ -248,16 +271,16 @@ class Run:
       [texts[i] for i in to_verify], [asked[i].answer for i in to_verify]
     )
     rewards[to_verify] = [np.nan if score is None else score for score in scores]
-    self._check_scorable(rewards, to_verify, asked)
+    if len(to_verify):
+      self._check_scorable(rewards[to_verify], [asked[i] for i in to_verify])
     return texts, rewards
 
-  def _check_scorable(self, rewards, to_verify, asked):
+  def _check_scorable(self, rewards, asked):
     limit = self.config.reward.max_unscorable_fraction
     share = float(np.isnan(rewards).mean())
     if share > limit:
       examples = "; ".join(
-        f"{asked[to_verify[i]].id}: {reason}"
-        for i, reason in self.verifier.last_errors[:3]
+        f"{asked[i].id}: {reason}" for i, reason in self.verifier.last_errors[:3]
       )
       raise RuntimeError(
         f"{share:.0%} of the answers could not be scored, more than {limit:.0%}"
@@ -282,6 +305,27 @@ class Run:
     return {
       "policy/kl_to_start": float(self.parts.kl_to_start(start_policy, rollouts, rows))
     }
+
+  def warn_of_gap(self, row: dict[str, Any]) -> None:
+    """Says so when sampler and learner differ by more than float32 explains."""
+    gap, on_policy = row["onpolicy/logprob_diff_max"], self.parts.update.is_on_policy
+    if on_policy and self.config.model.dtype == "float32" and gap > GAP_BOUND:
+      self.terminal.say(
+        f"warning: step {row['step']}: sampler and learner differ by {gap:.1e} in a"
+        f" log-prob, more than {GAP_BOUND:.0e}; this is not on-policy to rounding."
+      )
+
+  def check_restored(self, step: int, state, host: dict[str, Any]) -> None:
+    """Holds a checkpoint against the run it is to continue."""
+    expected = {
+      "rng": {"seed": self.config.seed, "step": step},
+      "config": config_lib.to_dict(self.config),
+    }
+    if int(state.step) != step or any(host[k] != v for k, v in expected.items()):
+      raise ValueError(
+        f"Checkpoint {step} in {self.directory} is of another run; take it out of the"
+        " directory, or give another RUN= directory."
+      )
 
   def evaluate(self, policy) -> dict[str, float]:
     """Held-out scores under `eval/<benchmark>/`, and the time they took."""
@@ -427,7 +471,7 @@ def check_directory(config: Config, directory: pathlib.Path) -> None:
   """
   path = directory / "config.json"
   if not path.exists():
-    if directory.exists() and any(directory.iterdir()):
+    if directory.exists() and {p.name for p in directory.iterdir()} - {"run.json"}:
       raise ValueError(
         f"{directory} is not empty and no run of ours; give another RUN= directory."
       )

@@ -147,7 +147,7 @@ def check_finite(row: dict[str, Any], step: int) -> None:
   bad = [name for name, value in row.items() if not math.isfinite(value)]
   if bad:
     raise FloatingPointError(
-      f"Step {step}: {', '.join(bad)} not finite. The last checkpoint is intact; a"
+      f"Step {step}: {', '.join(bad)} not finite, and nothing of this step was kept. A"
       " smaller --optimizer.learning-rate or --optimizer.max-grad-norm may help."
     )
 
@@ -188,6 +188,13 @@ def describe_responses(
   return row
 
 
+def write_json(path: pathlib.Path, values: Any) -> None:
+  """Writes a file whole: a kill leaves the old one or the new one."""
+  new = path.with_suffix(".new")
+  new.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+  new.replace(path)
+
+
 def write_run_json(
   directory: pathlib.Path, *, seed: int, devices: dict[str, Any]
 ) -> None:
@@ -206,7 +213,7 @@ def write_run_json(
     **devices,
   }
   starts.append(start)
-  path.write_text(json.dumps({**starts[0], "starts": starts}, indent=2) + "\n")
+  write_json(path, {**starts[0], "starts": starts})
 
 
 def _version(package):

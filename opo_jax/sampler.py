@@ -8,7 +8,6 @@ from nothing else, so a rollout does not depend on the batch it was sampled in.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +48,8 @@ def generate(
     eos_ids: tokens that end a response; None takes the policy's own, `()` none. The
       first one sampled belongs to the response.
     seed: of all random keys.
-    slots: rows decoded at a time, in whole groups (at least one); None decodes all.
+    slots: rows decoded at a time, in whole groups that fill the mesh (so possibly more
+      than asked for); None decodes all.
     version: of the policy, kept in the rollouts.
 
   Returns:
@@ -258,21 +258,16 @@ def _draw(logits_NV, keys_N, temperature, settings):
 
 def _truncate(logprobs_NV, top_k, top_p):
   """Log-probs of the distribution that top-k, then top-p leave over."""
-  descending = jnp.sort(logprobs_NV, axis=-1, descending=True)
-  if top_k:
-    kept = jnp.arange(descending.shape[-1]) < top_k
-    descending = jax.nn.log_softmax(jnp.where(kept, descending, -jnp.inf))
-    threshold = jnp.sort(logprobs_NV, axis=-1, descending=True)[:, top_k - 1, None]
-    logprobs_NV = jnp.where(logprobs_NV >= threshold, logprobs_NV, -jnp.inf)
-    logprobs_NV = jax.nn.log_softmax(logprobs_NV)
+  # One sort and one threshold, taken from the very values it is compared with.
+  sorted_NV = jnp.sort(logprobs_NV, axis=-1, descending=True)
+  kept_NV = jnp.arange(sorted_NV.shape[1]) < (top_k or sorted_NV.shape[1])
   if top_p < 1.0:
-    probs = jnp.exp(descending)
     # A token is kept while the mass before it is below top_p: the first always is.
-    kept = jnp.cumsum(probs, axis=-1) - probs < top_p
-    threshold = jnp.where(kept, descending, jnp.inf).min(-1, keepdims=True)
-    logprobs_NV = jnp.where(logprobs_NV >= threshold, logprobs_NV, -jnp.inf)
-    logprobs_NV = jax.nn.log_softmax(logprobs_NV)
-  return logprobs_NV
+    probs_NV = jax.nn.softmax(jnp.where(kept_NV, sorted_NV, -jnp.inf))
+    kept_NV &= jnp.cumsum(probs_NV, axis=-1) - probs_NV < top_p
+  threshold_N1 = jnp.where(kept_NV, sorted_NV, jnp.inf).min(-1, keepdims=True)
+  kept_logprobs_NV = jnp.where(logprobs_NV >= threshold_N1, logprobs_NV, -jnp.inf)
+  return jax.nn.log_softmax(kept_logprobs_NV)
 
 
 def bucket(length: int) -> int:
@@ -286,7 +281,7 @@ def bucket(length: int) -> int:
   return size
 
 
-def _check(policy, prompts, samples, max_new_tokens, temperature, top_k, top_p) -> Any:
+def _check(policy, prompts, samples, max_new_tokens, temperature, top_k, top_p) -> None:
   if not prompts:
     raise ValueError("There are no prompts to sample from; pass at least one.")
   empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]

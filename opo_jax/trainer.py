@@ -61,6 +61,8 @@ class Algorithm:
     updates_per_batch: optimiser steps per rollout batch, each on its own share of the
       rows. 1 is exact on-policy.
     micro_batches: parts in which the gradient of one optimiser step is accumulated.
+    clip: how far a ratio may move below and above 1 before `onpolicy/clip_fraction`
+      counts it; a clipping objective has the same bounds bound.
     require_on_policy: refuse rollouts of another policy version.
     remat: recompute layers in the backward pass.
   """
@@ -70,6 +72,7 @@ class Algorithm:
   aggregation: str = "token_mean"
   updates_per_batch: int = 1
   micro_batches: int = 1
+  clip: tuple[float, float] = (0.2, 0.2)
   require_on_policy: bool = True
   remat: bool = False
 
@@ -83,6 +86,11 @@ class Update:
     self.jitted = jax.jit(
       functools.partial(_update, algorithm, optimizer), donate_argnums=0
     )
+
+  @property
+  def is_on_policy(self) -> bool:
+    """Whether it takes only rollouts of the very version it updates."""
+    return self.algorithm.require_on_policy
 
   def __call__(
     self,
@@ -106,7 +114,7 @@ class Update:
       ValueError: rollouts of another policy version in exact on-policy training, or a
         number of rows that does not split as configured.
     """
-    if self.algorithm.require_on_policy:
+    if self.is_on_policy:
       check_on_policy(state, rollouts)
     parts = self.algorithm.updates_per_batch * self.algorithm.micro_batches
     if rollouts.tokens.shape[0] % parts:
@@ -216,7 +224,12 @@ def _loss(policy, batch, algorithm, temperature, normalizer):
   gap = jnp.where(batch.mask, jnp.abs(logprob - batch.sampled_logprobs), 0.0)
   # Which tokens PPO's clip would cut off, whether the objective clips or not.
   _, clip = losses.ppo_clip(
-    logprob, batch.sampled_logprobs, batch.advantages, batch.mask
+    logprob,
+    batch.sampled_logprobs,
+    batch.advantages,
+    batch.mask,
+    clip_low=algorithm.clip[0],
+    clip_high=algorithm.clip[1],
   )
   return loss, {
     "tokens": batch.mask.sum(dtype=jnp.float32),

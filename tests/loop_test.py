@@ -205,6 +205,9 @@ def test_a_run_can_start_from_an_exported_policy(run, tmp_path):
     (["quickstart", "--model.vocab-size=4"], "--model.vocab-size"),
     (["quickstart", "--model.path=nowhere/at-all"], "--model.path"),
     (["quickstart", "--rollout.temperature=0"], "--rollout.temperature"),
+    (["quickstart", "--eval.temperature=-1"], "--eval.temperature is -1"),
+    (["quickstart", "--model.num-layers=0"], "--model.num-layers is 0"),
+    (["quickstart", "--reward.verifier=math"], "--reward.workers 2"),
     (["quickstart", "--algorithm.updates-per-batch=2"], "ppo_clip"),
   ],
 )  # fmt: skip
@@ -240,6 +243,32 @@ def test_an_empty_data_set_is_refused(tmp_path, monkeypatch, empty):
   with pytest.raises(ValueError, match=r"0 problems|no test problems"):
     loop.train(small_config(), tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_a_gap_between_sampler_and_learner_is_told(tmp_path, capsys):
+  with loop.Run(small_config(), tmp_path) as run:
+    run.warn_of_gap({"step": 7, "onpolicy/logprob_diff_max": 3e-5})
+    assert capsys.readouterr().out == ""
+    run.warn_of_gap({"step": 8, "onpolicy/logprob_diff_max": 2e-3})
+    assert "step 8" in capsys.readouterr().out
+
+
+def test_the_logged_learning_rate_is_the_one_of_the_step(tmp_path):
+  base = small_config()
+  config = dataclasses.replace(
+    base,
+    warm_start=dataclasses.replace(base.warm_start, steps=0),
+    algorithm=dataclasses.replace(base.algorithm, loss="ppo_clip", updates_per_batch=2),
+    optimizer=dataclasses.replace(
+      base.optimizer, schedule="linear", learning_rate=0.008
+    ),
+  )
+  loop.train(config, tmp_path / "run")
+  rates = [
+    row["learning_rate"] for row in lines(tmp_path / "run" / "metrics.jsonl")[1:]
+  ]
+  # 4 steps of 2 updates: 8 optimiser steps from 0.008 to 0, every second one is told.
+  assert rates == pytest.approx([0.008, 0.006, 0.004, 0.002])
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path):

@@ -4,7 +4,6 @@
 # ruff: noqa: RUF001
 
 import collections
-import json
 import os
 import pathlib
 import re
@@ -265,46 +264,19 @@ def test_missing_tokenizer_names_the_flag(tmp_path):
 # --- End tokens ---
 
 
-@pytest.mark.parametrize(
-  ("listed", "expected"),
-  [
-    ([7, 9], (2, 7, 9)),
-    (7, (2, 7)),
-    (2, (2,)),
-    ([2, 7], (2, 7)),
-    (None, (2,)),
-  ],
-)
-def test_end_tokens_of_tokenizer_and_generation_config_are_united(
-  tmp_path, listed, expected
-):
+def test_end_tokens_of_tokenizer_and_model_are_united():
   assert small_tokenizer().eos_token_id == 2
-  path = tmp_path / "generation_config.json"
-  path.write_text(json.dumps({"eos_token_id": listed, "temperature": 0.6}))
-  assert prompts.end_token_ids(small_tokenizer(), str(tmp_path)) == expected
+  assert prompts.end_token_ids(small_tokenizer(), (7, 2, 0)) == (0, 2, 7)
   assert prompts.end_token_ids(small_tokenizer()) == (2,)
 
 
-def test_generation_config_without_an_end_token_leaves_the_tokenizers(tmp_path):
-  (tmp_path / "generation_config.json").write_text("{}")
-  assert prompts.end_token_ids(small_tokenizer(), str(tmp_path)) == (2,)
+def test_end_token_of_the_model_is_enough():
+  assert prompts.end_token_ids(small_tokenizer(eos_token=None), (0,)) == (0,)
 
 
-def test_end_token_of_the_generation_config_is_enough(tmp_path):
-  (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
-  tokenizer = small_tokenizer(eos_token=None)
-  assert prompts.end_token_ids(tokenizer, str(tmp_path)) == (5,)
-
-
-def test_no_end_token_at_all_is_refused(tmp_path):
+def test_no_end_token_at_all_is_refused():
   with pytest.raises(ValueError, match="no end token, so no response could ever end"):
-    prompts.end_token_ids(small_tokenizer(eos_token=None), str(tmp_path))
-
-
-def test_end_token_zero_is_an_end_token(tmp_path):
-  (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
-  tokenizer = small_tokenizer(eos_token=None)
-  assert prompts.end_token_ids(tokenizer, str(tmp_path)) == (0,)
+    prompts.end_token_ids(small_tokenizer(eos_token=None))
 
 
 # --- Responses ---

@@ -9,7 +9,7 @@ import pytest
 
 from opo_jax import sharding
 from opo_jax.models import ModelConfig, Policy
-from opo_jax.sampler import bucket, generate
+from opo_jax.sampler import _truncate, bucket, generate
 from opo_jax.trainer import response_logprobs
 
 CONFIG = ModelConfig(
@@ -188,6 +188,24 @@ def test_top_k_and_top_p_keep_what_they_say():
   drawn = np.asarray(nucleus.tokens)[:, 0]
   expected = np.log(probs[drawn] / probs[order[:size]].sum())
   np.testing.assert_allclose(nucleus.logprobs[:, 0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 0.9), (50, 0.5), (0, 0.95), (7, 1.0)])
+def test_truncation_keeps_what_a_plain_reference_keeps(top_k, top_p):
+  """On many rows: a threshold normalised apart loses a token now and then."""
+  logits = 2.0 * jax.random.normal(jax.random.key(0), (2000, 200))
+  kept = np.isfinite(_truncate(jax.nn.log_softmax(logits), top_k, top_p))
+  descending = np.sort(np.asarray(logits, np.float64), axis=1)[:, ::-1]
+  descending[:, top_k or 200 :] = -np.inf
+  probs = np.exp(descending - descending[:, :1])
+  probs /= probs.sum(1, keepdims=True)
+  sizes = (np.cumsum(probs, 1) - probs < top_p).sum(1)
+  sizes = np.minimum(sizes, top_k or 200)
+  # A cumulative sum that meets top_p to rounding may fall on either side.
+  assert (kept.sum(1) == sizes).mean() > 0.999
+  assert (
+    np.asarray(logits).argmax(1) == np.where(kept, logits, -np.inf).argmax(1)
+  ).all()
 
 
 def test_the_loop_stops_when_every_row_has_ended():

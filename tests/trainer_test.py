@@ -245,6 +245,19 @@ def test_several_updates_leave_the_policy_and_are_clipped():
   assert metrics["onpolicy/clip_fraction"] > 0
 
 
+def test_clip_fraction_counts_by_the_configured_bounds():
+  """Ratios of exp(0.2) = 1.22 are outside of 0.2 and inside of 0.28."""
+  rollouts, _ = batch()
+  shifted = dataclasses.replace(rollouts, logprobs=rollouts.logprobs - 0.2)
+  fractions = [
+    step(dataclasses.replace(OPO, clip=(0.2, high)), rollouts=shifted)[1][
+      "onpolicy/clip_fraction"
+    ]
+    for high in (0.2, 0.28)
+  ]
+  assert fractions[0] > 0.1 and fractions[1] == 0
+
+
 def test_rows_that_do_not_split_are_refused():
   with pytest.raises(ValueError, match="32 rollouts do not split into 5"):
     step(dataclasses.replace(OPO, micro_batches=5))

@@ -5,9 +5,7 @@ Works with any `transformers` tokenizer, the small one of the embedded task
 """
 
 import dataclasses
-import json
-import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +40,17 @@ def load_tokenizer(path: str):
     ) from error
 
 
-def end_token_ids(tokenizer, model_path: str = "") -> tuple[int, ...]:
-  """The tokens that end a response, as a set: tokenizer and generation config together.
+def end_token_ids(tokenizer, also: Iterable[int] = ()) -> tuple[int, ...]:
+  """The tokens that end a response, as a set: the tokenizer's and the model's together.
 
   Args:
     tokenizer: a `transformers` tokenizer.
-    model_path: a directory that may hold `generation_config.json`.
+    also: what the model's generation config names.
 
   Raises:
     ValueError: there is none.
   """
-  ids = {tokenizer.eos_token_id}
-  generation_config = pathlib.Path(model_path) / "generation_config.json"
-  if model_path and generation_config.is_file():
-    listed = json.loads(generation_config.read_text()).get("eos_token_id")
-    ids.update(listed if isinstance(listed, list) else [listed])
-  ids.discard(None)
+  ids = {tokenizer.eos_token_id, *also} - {None}
   if not ids:
     raise ValueError(
       f"The tokenizer {tokenizer.name_or_path!r} has no end token, so no response could"

@@ -82,7 +82,7 @@ def load(
   """
   config = read_config(path)
   if eos_ids is None:
-    eos_ids = _end_tokens(_directory(path))
+    eos_ids = end_tokens(path)
   options = dict(eos_ids=tuple(eos_ids), mesh=mesh, dtype=dtype or jnp.float32)
   like = jax.eval_shape(lambda key: Policy(config, key, **options), jax.random.key(0))
   if mesh is not None:
@@ -256,8 +256,9 @@ def _config_to(config: ModelConfig) -> dict[str, Any]:
   }
 
 
-def _end_tokens(directory) -> tuple[int, ...]:
-  ids: set[int] = set()
+def end_tokens(path: str | pathlib.Path) -> tuple[int, ...]:
+  """The end tokens of config.json and generation_config.json, as one set."""
+  directory, ids = _directory(path), set()
   for name in ("config.json", "generation_config.json"):
     file = directory / name
     listed = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None

@@ -191,14 +191,22 @@ class Policy(nnx.Module):
     if remat:
       layer = jax.checkpoint(layer)
     keys_values = [(part.key, part.value) for part in cache]
-    x_BTD, new = jax.lax.scan(layer, x_BTD, (self.layers, keys_values))
+    with self._precision():
+      x_BTD, new = jax.lax.scan(layer, x_BTD, (self.layers, keys_values))
     return self.final_norm(x_BTD), new
 
   def project(self, hidden: jax.Array) -> jax.Array:
     """Logits of hidden states: [..., D] -> [..., V] float32."""
-    return jnp.einsum(
-      "...d,vd->...v", hidden, self.unembedding, preferred_element_type=jnp.float32
-    )
+    with self._precision():
+      return jnp.einsum(
+        "...d,vd->...v", hidden, self.unembedding, preferred_element_type=jnp.float32
+      )
+
+  def _precision(self):
+    """float32 means float32: accelerators would otherwise round the factors (TF32 on
+    GPU, bfloat16 passes on TPU), and sampler and learner by different amounts."""
+    exact = "highest" if self.dtype == jnp.float32 else None
+    return jax.default_matmul_precision(exact)
 
   def logits(
     self,
