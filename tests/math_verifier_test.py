@@ -397,7 +397,9 @@ def test_workers_that_cannot_start_stop_the_run_instead_of_scoring_none():
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
+# A test run in the background may have been started with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if __name__ != "__main__":
   time.sleep(0.3)  # Workers import this file again: a script that is slow to import.
 sys.path.insert(0, {tests!r})
