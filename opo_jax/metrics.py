@@ -59,9 +59,7 @@ class JsonLines:
         with contextlib.suppress(ValueError):
           if json.loads(line)["step"] <= resume_at:
             kept.append(line + b"\n")
-    new = path.with_suffix(".new")  # replaced whole: a kill leaves the one or the other
-    new.write_bytes(b"".join(kept))
-    new.replace(path)
+    _replace(path, b"".join(kept))
     self._file = path.open("a", encoding="utf-8", newline="\n")
 
   def write(self, row: dict[str, Any]) -> None:
@@ -189,9 +187,14 @@ def describe_responses(
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
+  """Writes a file of indented JSON, whole."""
+  _replace(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _replace(path: pathlib.Path, content: bytes) -> None:
   """Writes a file whole: a kill leaves the old one or the new one."""
   new = path.with_suffix(".new")
-  new.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+  new.write_bytes(content)
   new.replace(path)
 
 
