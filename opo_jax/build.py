@@ -155,6 +155,7 @@ def demonstrations(
     prompt_lengths=jnp.array([len(p) for p in prompts], jnp.int32),
     tokens=jnp.asarray(tokens_NT),
     logprobs=jnp.zeros((num, max_new_tokens), jnp.float32),
+    sampling_logprobs=jnp.zeros((num, max_new_tokens), jnp.float32),
     mask=jnp.arange(max_new_tokens) < lengths[:, None],
     lengths=jnp.asarray(lengths),
     prompt_ids=jnp.arange(num, dtype=jnp.int32),

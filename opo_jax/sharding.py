@@ -5,6 +5,7 @@ same program can be compiled for machines that are not there.
 """
 
 import math
+import os
 from typing import Any
 
 import jax
@@ -129,6 +130,17 @@ def put(array: Any, mesh: Mesh | None, *logical_axes) -> jax.Array:
   if mesh is None:
     return jax.numpy.asarray(array)
   return jax.device_put(np.asarray(array), named(mesh, *logical_axes))
+
+
+def free_bytes(mesh: Mesh | None) -> int:
+  """Memory of one device that nothing holds yet; where a device does not say, its
+  share of half the host's memory."""
+  device = jax.devices()[0] if mesh is None else mesh.local_devices[0]
+  stats = device.memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+  host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return host // 2 // jax.local_device_count()
 
 
 def describe(mesh: Mesh) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 
 from opo_jax import sharding
 from opo_jax.models import ModelConfig, Policy
-from opo_jax.sampler import _truncate, bucket, generate
+from opo_jax.sampler import _Distribution, _kept, bucket, generate
 from opo_jax.trainer import response_logprobs
 
 CONFIG = ModelConfig(
@@ -178,7 +178,9 @@ def test_top_k_and_top_p_keep_what_they_say():
   kept = sample(model, top_k=1, samples_per_prompt=1)
   greedy = sample(model, temperature=0.0, samples_per_prompt=1)
   assert rows_of(kept) == rows_of(greedy)
-  np.testing.assert_allclose(kept.logprobs, 0.0, atol=1e-6)  # of what was sampled from
+  # One token is left over: certain in what was drawn from, not in the policy.
+  np.testing.assert_allclose(kept.sampling_logprobs, 0.0, atol=1e-6)
+  np.testing.assert_allclose(kept.logprobs, greedy.logprobs, atol=1e-6)
 
   nucleus = sample(model, [[6]], samples_per_prompt=400, max_new_tokens=1, top_p=0.6)
   probs = np.asarray(jax.nn.softmax(model.logits(jnp.array([[6]]))[0, -1]))
@@ -187,14 +189,15 @@ def test_top_k_and_top_p_keep_what_they_say():
   assert set(np.asarray(nucleus.tokens)[:, 0].tolist()) == set(order[:size].tolist())
   drawn = np.asarray(nucleus.tokens)[:, 0]
   expected = np.log(probs[drawn] / probs[order[:size]].sum())
-  np.testing.assert_allclose(nucleus.logprobs[:, 0], expected, atol=1e-5)
+  np.testing.assert_allclose(nucleus.sampling_logprobs[:, 0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 0.9), (50, 0.5), (0, 0.95), (7, 1.0)])
 def test_truncation_keeps_what_a_plain_reference_keeps(top_k, top_p):
   """On many rows: a threshold normalised apart loses a token now and then."""
   logits = 2.0 * jax.random.normal(jax.random.key(0), (2000, 200))
-  kept = np.isfinite(_truncate(jax.nn.log_softmax(logits), top_k, top_p))
+  filters = _Distribution(1.0, jnp.int32(top_k), jnp.float32(top_p), 0.0)
+  kept = np.asarray(_kept(logits, filters))
   descending = np.sort(np.asarray(logits, np.float64), axis=1)[:, ::-1]
   descending[:, top_k or 200 :] = -np.inf
   probs = np.exp(descending - descending[:, :1])

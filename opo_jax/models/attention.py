@@ -2,7 +2,7 @@
 
 A decoded token attends to the prompt (stored once for the whole group), to the
 response so far (stored per row) and to itself. Each is a `Keys` part; the softmax
-runs over their concatenated scores, so that the keys themselves are never copied.
+runs over their concatenated scores, so that the parts are never joined.
 """
 
 from collections.abc import Sequence
@@ -17,18 +17,22 @@ _MASKED = -1e30
 
 
 class Keys(NamedTuple):
-  """Keys and values that lie together.
+  """Keys and values that lie together, head by head, as matrix products want them.
 
   Attributes:
-    key: [C, S, K, E]. C is the number of query rows, or divides it: then each of the
-      C is shared by as many consecutive query rows (a group and its prompt).
-    value: [C, S, K, E].
+    key: [C, K, S, E].
+    value: [C, K, S, E].
     mask: [C, T, S] or [C, 1, S] bool: which query may attend to which key.
+    rows: which of the C entries each query row reads, int32 [shards, B / shards],
+      counted from the first entry of the row's own shard, so that no device reads
+      another's. None: C is B, or divides it and each entry is shared by as many
+      consecutive rows (a group and its prompt).
   """
 
   key: jax.Array
   value: jax.Array
   mask: jax.Array
+  rows: jax.Array | None = None
 
 
 def attention(query_BTHE: jax.Array, parts: Sequence[Keys]) -> jax.Array:
@@ -42,40 +46,59 @@ def attention(query_BTHE: jax.Array, parts: Sequence[Keys]) -> jax.Array:
     [B, T, H, E] in the query's dtype; scores and softmax are float32.
   """
   B, T, H, E = query_BTHE.shape
-  K = parts[0].key.shape[2]
+  K = parts[0].key.shape[1]
   query = query_BTHE.reshape(B, T, K, H // K, E) * (E**-0.5)
+  query = query.transpose(0, 2, 3, 1, 4)
+  parts = [_per_row(part) for part in parts]
 
-  scores = [_scores(query, part) for part in parts]
-  probs = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-  probs = probs.astype(query.dtype)
-  ends = [0]
+  scores = jnp.concatenate([_scores(query, part) for part in parts], axis=-1)
+  probs = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+  out, end = 0.0, 0
   for part in parts:
-    ends.append(ends[-1] + part.key.shape[1])
-  out = sum(
-    _weighted_values(probs[..., start:end], part)
-    for part, start, end in zip(parts, ends, ends[1:], strict=False)
-  )
-  return out.reshape(B, T, H, E)
+    start, end = end, end + part.key.shape[2]
+    out += _weighted_values(probs[..., start:end], part)
+  return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
 
 
-def _scores(query_BTKRE, part):
-  """[B, K, R, T, S]; rows that share a prompt are folded into the query's T axis."""
-  B, T, K, R, E = query_BTKRE.shape
-  C, S = part.key.shape[:2]
-  query = query_BTKRE.reshape(C, (B // C) * T, K, R, E)
+def _per_row(part: Keys) -> Keys:
+  """The part with an entry for every query row, where `rows` says which."""
+  if part.rows is None:
+    return part
+  shards, rows = part.rows.shape
+
+  def take(array):
+    entries = array.reshape(shards, -1, *array.shape[1:])
+    taken = jax.vmap(lambda entries, rows: entries[rows])(entries, part.rows)
+    return taken.reshape(shards * rows, *array.shape[1:])
+
+  return Keys(take(part.key), take(part.value), take(part.mask))
+
+
+def _scores(query_BKRTE, part):
+  """[B, K, R, T, S]; rows that share an entry become one longer query."""
+  B, K, R, T, E = query_BKRTE.shape
+  C, _, S, _ = part.key.shape
+  shared = B // C
+  query = query_BKRTE.reshape(C, shared, K, R * T, E).swapaxes(1, 2)
   scores = jnp.einsum(
-    "ctkre,cske->ckrts", query, part.key, preferred_element_type=jnp.float32
+    "ckne,ckse->ckns",
+    query.reshape(C, K, shared * R * T, E),
+    part.key.astype(query.dtype),
+    preferred_element_type=jnp.float32,
   )
-  mask = jnp.broadcast_to(part.mask[:, None], (C, B // C, T, S))
-  scores = jnp.where(mask.reshape(C, 1, 1, -1, S), scores, _MASKED)
-  scores = scores.reshape(C, K, R, B // C, T, S)
-  return jnp.moveaxis(scores, 3, 1).reshape(B, K, R, T, S)
+  scores = scores.reshape(C, K, shared, R, T, S)
+  scores = jnp.where(part.mask[:, None, None, None], scores, _MASKED)
+  return scores.swapaxes(1, 2).reshape(B, K, R, T, S)
 
 
 def _weighted_values(probs_BKRTS, part):
   B, K, R, T, S = probs_BKRTS.shape
-  C = part.key.shape[0]
-  probs = jnp.moveaxis(probs_BKRTS.reshape(C, B // C, K, R, T, S), 1, 3)
-  probs = probs.reshape(C, K, R, (B // C) * T, S)
-  out = jnp.einsum("ckrts,cske->ctkre", probs, part.value)
-  return out.reshape(B, T, K, R, -1)
+  C, _, _, E = part.value.shape
+  shared = B // C
+  probs = probs_BKRTS.reshape(C, shared, K, R * T, S).swapaxes(1, 2)
+  out = jnp.einsum(
+    "ckns,ckse->ckne",
+    probs.reshape(C, K, shared * R * T, S),
+    part.value.astype(probs.dtype),
+  )
+  return out.reshape(C, K, shared, R * T, E).swapaxes(1, 2).reshape(B, K, R, T, E)

@@ -67,11 +67,11 @@ class Attention(nnx.Module):
       return x.reshape(B, T, -1, self.head_dim)
 
     query_BTHE = rotate(heads(self.query(x_BTD)), rotation)
-    key_BTKE = rotate(heads(self.key(x_BTD)), rotation)
-    value_BTKE = heads(self.value(x_BTD))
-    parts = [*cache, Keys(key_BTKE, value_BTKE, mask_BTT)]
+    key_BKTE = rotate(heads(self.key(x_BTD)), rotation).swapaxes(1, 2)
+    value_BKTE = heads(self.value(x_BTD)).swapaxes(1, 2)
+    parts = [*cache, Keys(key_BKTE, value_BKTE, mask_BTT)]
     out = self.out(attention(query_BTHE, parts).reshape(B, T, -1))
-    return out, (key_BTKE, value_BTKE)
+    return out, (key_BKTE, value_BKTE)
 
 
 class MLP(nnx.Module):
@@ -163,11 +163,11 @@ class Policy(nnx.Module):
       positions_BT: int32, for the rotary embedding.
       segment_ids_BT: a token attends to earlier columns of its own segment; 0 is
         padding. All one segment where it is None.
-      cache: further keys to attend to: key and value [L, C, S, K, E], mask [C, 1, S].
+      cache: further keys to attend to: key and value [L, C, K, S, E], mask [C, 1, S].
       remat: recompute each layer in the backward pass instead of keeping it.
 
     Returns:
-      hidden [B, T, D], and the new (keys, values), each [L, B, T, K, E].
+      hidden [B, T, D], and the new (keys, values), each [L, B, K, T, E].
     """
     T = tokens_BT.shape[1]
     mask_BTT = jnp.tril(jnp.ones((T, T), bool))[None]
@@ -182,7 +182,7 @@ class Policy(nnx.Module):
     def layer(x_BTD, inputs):
       block, keys_values = inputs
       parts = [
-        Keys(key, value, part.mask)
+        part._replace(key=key, value=value)
         for part, (key, value) in zip(cache, keys_values, strict=True)
       ]
       x_BTD, key_value = block(x_BTD, rotation, mask_BTT, parts)
