@@ -3,6 +3,7 @@
 #
 #   make train EXP=quickstart [RUN=runs/quickstart] [ARGS="--steps 3 --seed 1"]
 #   make eval RUN=runs/quickstart [ARGS="--eval.samples 16"]
+#   make sample RUN=runs/quickstart PROMPT="3 + 4"
 #   make report RUN=…       make export RUN=… OUT=directory
 #   make test               make lint               make bench
 
@@ -20,11 +21,11 @@ OPO := $(VENV)/bin/python -m opo_jax
 EXTRAS = $(if $(JAX_EXTRA),[$(JAX_EXTRA)])
 RUN ?= runs/$(EXP)
 
-.PHONY: train eval report export test lint bench clean
+.PHONY: train eval sample report export test lint bench clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '4,8s/^# \{0,1\}//p' Makefile
+	@sed -n '4,9s/^# \{0,1\}//p' Makefile
 
 # One stamp for what running needs, one for what testing needs besides.
 INSTALLED := $(VENV)/.installed-$(or $(JAX_EXTRA),cpu)
@@ -48,6 +49,10 @@ train: $(INSTALLED)
 
 eval: $(INSTALLED)
 	@$(OPO) eval "$(RUN)" $(ARGS)
+
+sample: $(INSTALLED)
+	@test -n "$(PROMPT)" || { echo "error: which prompt? make sample RUN=$(RUN) PROMPT=\"...\"" >&2; exit 2; }
+	@$(OPO) sample "$(RUN)" "$(PROMPT)" $(ARGS)
 
 report: $(INSTALLED)
 	@$(OPO) report "$(RUN)"

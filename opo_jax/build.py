@@ -4,7 +4,7 @@ What `train` runs and what can be compiled ahead of time is the same: it is made
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from jax.sharding import Mesh
 from opo_jax import sampler, sharding, trainer
 from opo_jax.advantages import ESTIMATORS
 from opo_jax.config import Config
+from opo_jax.config import Eval as EvalConfig
+from opo_jax.config import Rollout as RolloutConfig
 from opo_jax.models import ModelConfig, Policy, save
 from opo_jax.models.hf import end_tokens, read_config, read_weights
 from opo_jax.rollouts import Rollouts
@@ -33,8 +35,11 @@ class Parts:
     like_state: shapes and layout of the RL phase's TrainState.
     start: policy -> TrainState of the RL phase, at step 0.
     start_warm: policy -> TrainState of the warm start.
-    sample: (policy, prompts, samples_per_prompt, temperature, seed, version)
-      -> Rollouts.
+    sample: (policy, prompts, distribution, samples_per_prompt=, seed=, version=)
+      -> Rollouts; `distribution` is `config.rollout` or `config.eval`.
+    stream: (policy, prompt, distribution, seed=) -> the tokens of one response, as they
+      come.
+    sampling_programs: () -> how many programs were compiled for sampling.
     update: the RL update.
     imitate: the warm start's update: maximum likelihood of demonstrations.
     kl_to_start: (start policy, rollouts, rows [n]) -> mean KL on these rows.
@@ -49,6 +54,8 @@ class Parts:
   start: Callable[[Policy], trainer.TrainState]
   start_warm: Callable[[Policy], trainer.TrainState]
   sample: Callable[..., Rollouts]
+  stream: Callable[..., Iterator[list[int]]]
+  sampling_programs: Callable[[], int]
   update: trainer.Update
   imitate: trainer.Update
   kl_to_start: Callable[..., jax.Array]
@@ -104,7 +111,9 @@ def build(config: Config, *, eos_ids: tuple[int, ...], vocab_size: int) -> Parts
     like_state=like_state,
     start=start,
     start_warm=functools.partial(_start, warm_optimizer, mesh),
-    sample=functools.partial(_sample, config),
+    sample=functools.partial(_sample, config.rollout),
+    stream=functools.partial(_stream, config.rollout),
+    sampling_programs=sampler.compiled_programs,
     update=trainer.Update(_algorithm(config), optimizer),
     # A demonstration is a response with reward 1; REINFORCE then is maximum
     # likelihood, and the update needs no second loss.
@@ -224,25 +233,41 @@ def _start(optimizer, mesh, policy) -> trainer.TrainState:
 
 
 def _sample(
-  config: Config,
+  rollout: RolloutConfig,
   policy: Policy,
   prompts: Sequence[Sequence[int]],
-  *,
-  samples_per_prompt: int,
-  temperature: float,
-  seed: int,
-  version: int,
+  distribution: RolloutConfig | EvalConfig,
+  **options: Any,
 ) -> Rollouts:
   return sampler.generate(
     policy,
     prompts,
-    samples_per_prompt=samples_per_prompt,
-    max_new_tokens=config.rollout.max_new_tokens,
-    temperature=temperature,
-    seed=seed,
-    slots=config.rollout.slots or None,
-    version=version,
+    slots=rollout.slots or None,
+    **_sampling(rollout, distribution),
+    **options,
   )
+
+
+def _stream(
+  rollout: RolloutConfig,
+  policy: Policy,
+  prompt: Sequence[int],
+  distribution: RolloutConfig | EvalConfig,
+  *,
+  seed: int,
+) -> Iterator[list[int]]:
+  return sampler.stream(policy, prompt, seed=seed, **_sampling(rollout, distribution))
+
+
+def _sampling(rollout, distribution) -> dict[str, Any]:
+  return {
+    "max_new_tokens": rollout.max_new_tokens,
+    "cache_dtype": rollout.cache_dtype or None,
+    "temperature": distribution.temperature,
+    "top_k": distribution.top_k,
+    "top_p": distribution.top_p,
+    "min_p": distribution.min_p,
+  }
 
 
 def _algorithm(config: Config) -> trainer.Algorithm:

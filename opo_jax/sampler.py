@@ -35,7 +35,7 @@ from opo_jax.models.transformer import Policy
 from opo_jax.rollouts import Rollouts, prompt_columns
 
 # The shortest ring of columns, and the fewest slots of a shard that are moved together.
-_MIN_WIDTH, _MIN_SLOTS = 64, 8
+_MIN_WIDTH, _MIN_SLOTS = 64, 16
 # Prompt tokens of a shard that are prefilled at a time.
 _PREFILL_TOKENS = 16384
 # At most so many neighbouring tokens are first drawn as one, and blocks of them do not
@@ -340,7 +340,7 @@ class _Decoding:
     )
 
   def advance(self, steps: int = 2**30) -> bool:
-    """Decodes until another shape is wanted, or `steps` tokens; says if there is more."""
+    """Decodes until other shapes are wanted or `steps` are over; says if more is left."""
     self.slots, self.drawn, (busy, longest, waiting) = _decode(
       self.slots,
       self.drawn,
@@ -528,7 +528,7 @@ def _decode(
   def goes_on(carry):
     slots, _ = carry
     busy, longest, waiting = situation(slots)
-    resize = (longest >= W) & (W < settings.max_new_tokens)
+    resize = (longest >= W) & (settings.max_new_tokens > W)
     resize |= _too_wide(longest, W)
     resize |= ~waiting & _mostly_idle(busy, num_slots)
     return (busy > 0) & ~resize & (slots.step < last)
@@ -591,7 +591,7 @@ def _decode(
 
 @functools.partial(jax.jit, static_argnames=("settings", "num_slots", "width"))
 def _resize(slots: _Slots, settings: _Settings, num_slots: int, width: int) -> _Slots:
-  """The same responses in another number of slots of a shard, or columns of the ring."""
+  """The same responses in another number of slots a shard, or columns of the ring."""
   shards = settings.shards
   keys, values, W = slots.keys, slots.values, slots.keys.shape[3]
   if width != W:

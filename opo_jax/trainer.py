@@ -127,13 +127,19 @@ class Update:
 
 
 def check_on_policy(state: TrainState, rollouts: Rollouts) -> None:
-  """Refuses rollouts that another version of the policy sampled."""
+  """Refuses rollouts that are no samples of this very policy."""
   sampled, current = int(rollouts.version), int(state.step)
   if sampled != current:
     raise ValueError(
       f"Rollouts of policy version {sampled} were given to version {current}; exact"
       " on-policy training takes only its own. Sample again, or train off-policy"
       " (--algorithm.updates-per-batch 2)."
+    )
+  if rollouts.filtered:
+    raise ValueError(
+      "Rollouts that were chosen greedily or with top-k, top-p or min-p were given to"
+      " exact on-policy training, and the learner applies no such filter; sample with"
+      " temperature alone."
     )
 
 
@@ -155,7 +161,14 @@ def _update(
     num_groups=rollouts.num_groups,
     valid=valid,
   )
-  batch = _Batch(rows(rollouts), rollouts.tokens, rollouts.logprobs, mask, advantages)
+  batch = _Batch(
+    rows=rows(rollouts),
+    tokens=rollouts.tokens,
+    logprobs=rollouts.logprobs,
+    sampling_logprobs=rollouts.sampling_logprobs,
+    mask=mask,
+    advantages=advantages,
+  )
 
   def optimiser_step(carry, batch):
     policy, opt_state = carry
@@ -200,7 +213,8 @@ class _Batch:
 
   rows: Rows  # [n, P + T]
   tokens: jax.Array  # [n, T]
-  sampled_logprobs: jax.Array  # [n, T]
+  logprobs: jax.Array  # [n, T] of the policy, as the sampler computed them
+  sampling_logprobs: jax.Array  # [n, T] of what the tokens were drawn from
   mask: jax.Array  # [n, T]
   advantages: jax.Array  # [n]
 
@@ -214,18 +228,18 @@ def _loss(policy, batch, algorithm, temperature, normalizer):
   stats = token_stats(policy, batch.rows, batch.tokens, temperature, algorithm.remat)
   loss, _ = algorithm.objective(
     stats.logprob,
-    batch.sampled_logprobs,
+    batch.sampling_logprobs,
     batch.advantages,
     batch.mask,
     aggregation=algorithm.aggregation,
     normalizer=normalizer,
   )
   logprob, entropy = jax.lax.stop_gradient((stats.logprob, stats.entropy))
-  gap = jnp.where(batch.mask, jnp.abs(logprob - batch.sampled_logprobs), 0.0)
+  gap = jnp.where(batch.mask, jnp.abs(logprob - batch.logprobs), 0.0)
   # Which tokens PPO's clip would cut off, whether the objective clips or not.
   _, clip = losses.ppo_clip(
     logprob,
-    batch.sampled_logprobs,
+    batch.sampling_logprobs,
     batch.advantages,
     batch.mask,
     clip_low=algorithm.clip[0],
@@ -236,7 +250,7 @@ def _loss(policy, batch, algorithm, temperature, normalizer):
     "entropy": jnp.where(batch.mask, entropy, 0.0).sum(),
     "diff": gap.sum(),
     "diff_max": gap.max(),
-    "kl": losses.kl(batch.sampled_logprobs, logprob, batch.mask).sum(),
+    "kl": losses.kl(batch.logprobs, logprob, batch.mask).sum(),
     "clipped": clip["clipped"].sum(dtype=jnp.float32),
   }
 
