@@ -2,13 +2,15 @@
 
     python benchmarks/advantages.py [--rows 1024 8192 65536] [--group 8] [--repeats 20]
 
-Each estimator in three ways on the same rows, group ids shuffled:
+Each estimator on the same rows, group ids shuffled:
 
     ours     one fused segment reduction, `opo_jax.advantages`
-    unfused  jitted too, a segment sum for every sum of the formula
+    unfused  the same arithmetic with a segment sum for each column
+    formula  jitted too, the bare formula: no rows that are not valid, no empty groups,
+             no zero that is exact, and a segment sum for each of its sums
     loop     a Python loop over rows and groups on the host, as public trainers have it
 
-and, where JAX sees several devices, ours with the rows sharded over all of them. The
+and, where JAX sees several devices, the first two with rows sharded over all. The
 versions take turns, so that a busy machine slows all of them; compare the ratios of one
 run. Memory is what the compiled program needs beside its arguments and result.
 (XLA_FLAGS=--xla_force_host_platform_device_count=8 simulates devices on a CPU: that
@@ -20,16 +22,29 @@ import collections
 import functools
 import statistics
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from opo_jax import advantages
 from opo_jax.advantages import ESTIMATORS
 
 
-def unfused(name, rewards, lengths, ids, *, num_groups):
+def unfused(name, *arrays, num_groups):
+  def sums(columns, ids, num_groups):
+    return [
+      jax.ops.segment_sum(column, ids, num_segments=num_groups)[ids]
+      for column in columns
+    ]
+
+  with mock.patch.object(advantages, "_group_sums", sums):
+    return ESTIMATORS[name](*arrays, num_groups=num_groups)
+
+
+def formula(name, rewards, lengths, ids, *, num_groups):
   """The formula as it reads, a segment sum for each of its sums."""
   total = functools.partial(jax.ops.segment_sum, num_segments=num_groups)
   lengths = lengths.astype(jnp.float32)
@@ -49,17 +64,17 @@ def loop(name, rewards, lengths, ids):
   groups = collections.defaultdict(list)
   for row, group in enumerate(ids.tolist()):
     groups[group].append(row)
-  advantages = np.zeros(len(rewards), np.float32)
+  result = np.zeros(len(rewards), np.float32)
   for rows in groups.values():
     r, weights = rewards[rows], lengths[rows].astype(np.float32)
     if name == "grpo":
-      advantages[rows] = (r - r.mean()) / (r.std(ddof=1) + 1e-6)
+      result[rows] = (r - r.mean()) / (r.std(ddof=1) + 1e-6)
     elif name == "opo":
-      advantages[rows] = r - (weights * r).sum() / weights.sum()
+      result[rows] = r - (weights * r).sum() / weights.sum()
     else:
       others = (weights * r).sum() - weights * r
-      advantages[rows] = r - others / (weights.sum() - weights)
-  return advantages
+      result[rows] = r - others / (weights.sum() - weights)
+  return result
 
 
 def medians(functions, repeats):
@@ -79,7 +94,7 @@ def medians(functions, repeats):
 def main(num_rows: list[int], group_size: int, repeats: int) -> None:
   devices = jax.devices()
   print(f"{jax.default_backend()}, {len(devices)} device(s), JAX {jax.__version__}")
-  print("estimator   rows     version       median   x ours      temporary")
+  print("estimator  rows   version               median   x ours   temporary")
   sharding = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
   rng = np.random.default_rng(0)
   for rows in num_rows:
@@ -92,10 +107,14 @@ def main(num_rows: list[int], group_size: int, repeats: int) -> None:
     local = jax.device_put(host, devices[0])
     for name in ("opo", "opo_loo", "grpo"):
       fused = functools.partial(ESTIMATORS[name], num_groups=num_groups)
-      plain = functools.partial(unfused, name, num_groups=num_groups)
-      inputs = {"ours": (fused, local), "unfused": (plain, local)}
+      apart = functools.partial(unfused, name, num_groups=num_groups)
+      plain = functools.partial(formula, name, num_groups=num_groups)
+      inputs = {"ours": (fused, local), "unfused": (apart, local)}
+      inputs["formula"] = plain, local
       if len(devices) > 1:
-        inputs["ours sharded"] = (fused, jax.device_put(host, sharding))
+        sharded = jax.device_put(host, sharding)
+        inputs["ours, sharded"] = fused, sharded
+        inputs["unfused, sharded"] = apart, sharded
       compiled = {
         version: jax.jit(function).lower(*arrays).compile()
         for version, (function, arrays) in inputs.items()
@@ -118,7 +137,7 @@ def main(num_rows: list[int], group_size: int, repeats: int) -> None:
           memory = f"{size / 1024:8.0f} KiB"
         ratio = median / times["ours"]
         print(
-          f"{name:9} {rows:7}   {version:12} {median:7.3f} ms {ratio:8.2f}   {memory}"
+          f"{name:9} {rows:7}   {version:16} {median:7.3f} ms {ratio:8.2f}   {memory}"
         )
 
 
