@@ -313,8 +313,7 @@ _ROUNDING = 32 * float(jnp.finfo(jnp.float32).eps)
 def _prepare(rewards, weights, group_ids, num_groups, valid, *, alpha=0.5):
   """float32 rewards, `weights ** (2 alpha)`, int32 ids, and which rows count.
 
-  Rewards and weights are 0 where a row does not count, and an id out of range is
-  `num_groups`, which sums drop.
+  Rewards and weights are 0 where a row does not count.
   """
   arrays = {"rewards": rewards, "lengths": weights, "group_ids": group_ids}
   if valid is not None:
@@ -330,7 +329,6 @@ def _prepare(rewards, weights, group_ids, num_groups, valid, *, alpha=0.5):
   _check_values(weights, group_ids, num_groups, valid)
   group_ids = jnp.asarray(group_ids).astype(jnp.int32)
   in_range = (group_ids >= 0) & (group_ids < num_groups)
-  group_ids = jnp.where(in_range, group_ids, num_groups)
   weights = jnp.asarray(weights, jnp.float32)
   counts = jnp.asarray(valid, bool) & in_range & (weights > 0)
   # `where`, not `* 0`: the reward of an unscorable row may be NaN. And the 1 before the
