@@ -223,7 +223,6 @@ def opo_loss(
   advantages = estimator(
     rewards, mask.sum(-1), group_ids, num_groups=num_groups, valid=valid
   )
-  advantages = jax.lax.stop_gradient(advantages)
   loss, aux = policy_gradient(
     logprobs,
     advantages,
@@ -518,7 +517,6 @@ def _clipped_surrogate(ratio, advantages, clip_low, clip_high):
 
 
 def _measure(logprobs, old_logprobs, mask, ratio, clipped, entropy):
-  clipped &= mask
   measured = {"ratio": ratio, "clipped": clipped}
   measured["clip_fraction"] = aggregate(clipped, mask, "token_mean")
   measured["approx_kl"] = aggregate(

@@ -320,18 +320,18 @@ def test_cispo_by_hand():
 
 
 def test_measures_of_the_ratio_by_hand():
-  # Ratios 2 and 1/2: k3 of old to new is ratio - 1 - log ratio = 1 - log 2 and
-  # -1/2 + log 2, on average 1/4. Entropies 1 and 4 on average 2.5.
+  # Ratios 2 and 1: k3 of old to new is ratio - 1 - log ratio = 1 - log 2 and 0 (of new
+  # to old it would be log 2 - 1/2 and 0). Entropies 1 and 4, on average 2.5.
   old = jnp.array([[-1.0, -2.0, -7.0]])
-  logprobs = old + jnp.log(jnp.array([[2.0, 0.5, 3.0]]))
+  logprobs = old + jnp.log(jnp.array([[2.0, 1.0, 3.0]]))
   mask = jnp.array([[1, 1, 0]])
   kwargs = dict(entropy=jnp.array([[1.0, 4.0, jnp.nan]]))
   for objective in (losses.ppo_clip, losses.gspo, losses.cispo):
     _, aux = objective(logprobs, old, jnp.ones(1), mask, **kwargs)
-    assert float(aux["approx_kl"]) == pytest.approx(0.25, rel=1e-5)
+    assert float(aux["approx_kl"]) == pytest.approx((1 - np.log(2)) / 2, rel=1e-5)
     assert float(aux["entropy"]) == 2.5
   _, aux = losses.ppo_clip(logprobs, old, jnp.ones(1), mask)
-  assert float(aux["clip_fraction"]) == 0.5  # 2 is cut where A = 1, 1/2 is not
+  assert float(aux["clip_fraction"]) == 0.5  # 2 is cut, 1 is not
   _, aux = losses.policy_gradient(logprobs, jnp.ones(1), mask, **kwargs)
   assert float(aux["entropy"]) == 2.5
 
