@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from opo_jax import sampler, sharding, trainer
 from opo_jax.advantages import ESTIMATORS
-from opo_jax.config import Config
+from opo_jax.config import Config, near_names
 from opo_jax.config import Eval as EvalConfig
 from opo_jax.config import Rollout as RolloutConfig
 from opo_jax.models import ModelConfig, Policy, save
@@ -272,20 +272,30 @@ def _sampling(rollout, distribution) -> dict[str, Any]:
 
 def _algorithm(config: Config) -> trainer.Algorithm:
   algorithm = config.algorithm
-  objective = trainer.OBJECTIVES[algorithm.loss]
-  clip = (algorithm.clip_low, algorithm.clip_high)
-  if algorithm.loss == "ppo_clip":
-    objective = functools.partial(objective, clip_low=clip[0], clip_high=clip[1])
+  objective = _choose(trainer.OBJECTIVES, algorithm.loss, "loss")
+  clip = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high}
+  options = {"policy_gradient": {}, "tis": {"cap": algorithm.tis_cap}}
+  options = options.get(algorithm.loss, clip)
+  # An option left at 0 stays as the loss has it.
+  objective = functools.partial(objective, **{k: v for k, v in options.items() if v})
+  rows = config.rollout.prompts_per_step * config.rollout.group_size
+  constant = rows // algorithm.updates_per_batch * config.rollout.max_new_tokens
   return trainer.Algorithm(
-    estimator=ESTIMATORS[algorithm.advantage],
+    estimator=_choose(ESTIMATORS, algorithm.advantage, "advantage"),
     objective=objective,
     aggregation=algorithm.aggregation,
+    normalizer=float(constant) if algorithm.aggregation == "constant" else None,
     updates_per_batch=algorithm.updates_per_batch,
     micro_batches=algorithm.micro_batches,
-    clip=clip,
     require_on_policy=algorithm.updates_per_batch == 1,
     remat=config.model.remat,
   )
+
+
+def _choose(table, name, flag):
+  if name not in table:
+    raise ValueError(f"--algorithm.{flag} has no {name!r}; {near_names(name, table)}")
+  return table[name]
 
 
 def _schedule(config: Config) -> Callable[[Any], Any]:

@@ -125,20 +125,28 @@ class Algorithm:
     "reinforce_pp",
     "maxrl",
   ] = "opo"
-  # Name of the objective. (build)
-  loss: Literal["policy_gradient", "ppo_clip"] = "policy_gradient"
-  # How token losses become one number. (build)
+  # Name of the objective; tis is policy_gradient with truncated importance
+  # sampling. (build)
+  loss: Literal["policy_gradient", "tis", "ppo_clip", "gspo", "cispo"] = (
+    "policy_gradient"
+  )
+  # How token losses become one number; constant divides by the step's rows x
+  # max_new_tokens (Dr. GRPO), gspo's paper has sequence_mean_token_mean. (build)
   aggregation: Literal[
-    "token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean"
+    "token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "constant"
   ] = "token_mean"
   # Optimiser steps per rollout batch; 1 is exact on-policy. (build)
   updates_per_batch: int = 1
   # Parts in which one optimiser step's gradient is accumulated. (build)
   micro_batches: int = 1
-  # ppo_clip: how far the ratio may fall below 1. (build)
-  clip_low: float = 0.2
-  # ppo_clip: how far the ratio may rise above 1. (build)
-  clip_high: float = 0.2
+  # ppo_clip, gspo, cispo: how far the ratio may fall below 1; 0: as far as the loss
+  # has it by default (0.2, 3e-4, 1). (build)
+  clip_low: float = 0.0
+  # ppo_clip, gspo, cispo: how far the ratio may rise above 1; 0: as far as the loss
+  # has it by default (0.2, 4e-4, 4). DAPO: ppo_clip and 0.28. (build)
+  clip_high: float = 0.0
+  # tis: the largest weight of a token; 0: as large as the loss has it, 2. (build)
+  tis_cap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -262,10 +270,10 @@ class Config:
       " checkpoint.every checkpoint.keep eval.samples record.print_every",
       0: "seed reward.workers reward.timeout_s reward.max_unscorable_fraction"
       " warm_start.steps warm_start.learning_rate rollout.slots algorithm.clip_low"
-      " algorithm.clip_high optimizer.learning_rate optimizer.warmup_steps"
-      " optimizer.weight_decay optimizer.max_grad_norm eval.every eval.problems"
-      " eval.temperature record.kl_rollouts record.samples rollout.top_k rollout.min_p"
-      " eval.top_k eval.min_p",
+      " algorithm.clip_high algorithm.tis_cap optimizer.learning_rate"
+      " optimizer.warmup_steps optimizer.weight_decay optimizer.max_grad_norm"
+      " eval.every eval.problems eval.temperature record.kl_rollouts record.samples"
+      " rollout.top_k rollout.min_p eval.top_k eval.min_p",
     }
     for least, names in at_least.items():
       for name in names.split():
@@ -303,7 +311,7 @@ class Config:
       raise ValueError(
         f"--algorithm.updates-per-batch {updates} leaves the policy that sampled, and"
         " policy_gradient does not correct for it; use --algorithm.loss ppo_clip, or 1"
-        " update for exact on-policy training."
+        " update for exact on-policy training (gspo, cispo and tis correct too)."
       )
     parts = updates * self.algorithm.micro_batches
     rows = self.rollout.prompts_per_step * self.rollout.group_size

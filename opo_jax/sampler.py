@@ -340,7 +340,7 @@ class _Decoding:
     )
 
   def advance(self, steps: int = 2**30) -> bool:
-    """Decodes until other shapes are wanted or `steps` are over; says if more is left."""
+    """Decodes `steps` tokens, or until other shapes are wanted; says if more is left."""
     self.slots, self.drawn, (busy, longest, waiting) = _decode(
       self.slots,
       self.drawn,

@@ -34,7 +34,7 @@ MAY_IMPORT = {
   "checkpoint": set(),
   # Leaves take arrays and plain numbers.
   "advantages": set(),
-  "losses": set(),
+  "losses": {"advantages"},  # opo_loss goes from rewards to a loss in one call
   "logprobs": set(),
   "rollouts": set(),
   "packing": set(),
