@@ -3,6 +3,7 @@
 import contextlib
 import doctest
 import functools
+import inspect
 import io
 import pathlib
 import re
@@ -13,6 +14,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+
+from opo_jax import advantages, evaluation, logprobs, losses
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -241,3 +244,20 @@ def test_a_step_follows_the_gradient_written_out_row_by_row(name):
   assert max(float(jnp.abs(leaf).max()) for leaf in expected) > 1e-3
   for a, b in zip(got, expected, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-7)  # of a - (a - g)
+
+
+PUBLIC = [
+  function
+  for room in (advantages, losses, logprobs, evaluation)
+  for name, function in vars(room).items()
+  if inspect.isfunction(function)
+  and function.__module__ == room.__name__
+  and not name.startswith("_")
+]
+
+
+@pytest.mark.parametrize(
+  "function", PUBLIC, ids=lambda f: f"{f.__module__.split('.')[-1]}.{f.__name__}"
+)
+def test_a_public_function_shows_an_example(function):
+  assert ">>>" in (function.__doc__ or "")
