@@ -48,6 +48,11 @@ setup(
   extras_require={
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
-    "dev": ["pytest>=9,<10", "hypothesis>=6.150,<7", "ruff>=0.17,<0.18"],
+    "dev": [
+      "pytest>=9,<10",
+      "hypothesis>=6.150,<7",
+      "ruff>=0.17,<0.18",
+      "equinox>=0.13,<0.14",  # only docs/equinox.md, which the tests run
+    ],
   },
 )
