@@ -92,13 +92,25 @@ def weighted_baseline(
 
 
 def reinforce(rewards, lengths, group_ids, *, num_groups, valid=None):
-  """`A = r`: no baseline. Williams 1992, https://doi.org/10.1007/BF00992696."""
+  """`A = r`: no baseline. Williams 1992, https://doi.org/10.1007/BF00992696.
+
+  >>> import jax.numpy as jnp
+  >>> rewards, lengths = jnp.array([1.0, 0.0, 0.0, 0.0]), jnp.array([20, 10, 5, 5])
+  >>> reinforce(rewards, lengths, jnp.zeros(4, int), num_groups=1).tolist()
+  [1.0, 0.0, 0.0, 0.0]
+  """
   rewards, *_ = _prepare(rewards, lengths, group_ids, num_groups, valid)
   return rewards
 
 
 def mean(rewards, lengths, group_ids, *, num_groups, valid=None):
-  """`A = r - mean_g(r)`. Dr. GRPO, https://arxiv.org/abs/2503.20783."""
+  """`A = r - mean_g(r)`. Dr. GRPO, https://arxiv.org/abs/2503.20783.
+
+  >>> import jax.numpy as jnp
+  >>> rewards, lengths = jnp.array([1.0, 0.0, 0.0, 0.0]), jnp.array([20, 10, 5, 5])
+  >>> mean(rewards, lengths, jnp.zeros(4, int), num_groups=1).tolist()
+  [0.75, -0.25, -0.25, -0.25]
+  """
   rewards, ones, group_ids, valid = _prepare(
     rewards, lengths, group_ids, num_groups, valid, alpha=0.0
   )
@@ -110,6 +122,12 @@ def rloo(rewards, lengths, group_ids, *, num_groups, valid=None):
   """`A = r - mean of the others = K/(K-1) (r - mean_g(r))`.
 
   Leave-one-out REINFORCE, https://arxiv.org/abs/2402.14740.
+
+  >>> import jax.numpy as jnp
+  >>> rewards, lengths = jnp.array([1.0, 1.0, 0.0]), jnp.array([20, 10, 5])
+  >>> advantages = rloo(rewards, lengths, jnp.zeros(3, int), num_groups=1)
+  >>> [round(a, 3) for a in advantages.tolist()]
+  [0.5, 0.5, -1.0]
   """
   rewards, ones, group_ids, valid = _prepare(
     rewards, lengths, group_ids, num_groups, valid, alpha=0.0
@@ -122,6 +140,12 @@ def grpo(rewards, lengths, group_ids, *, num_groups, valid=None, epsilon=1e-6):
   """`A = (r - mean_g(r)) / (std_g(r) + epsilon)`, std with K - 1 in the denominator.
 
   GRPO, https://arxiv.org/abs/2402.03300.
+
+  >>> import jax.numpy as jnp
+  >>> rewards, lengths = jnp.array([1.0, 0.0, 0.0, 0.0]), jnp.array([20, 10, 5, 5])
+  >>> advantages = grpo(rewards, lengths, jnp.zeros(4, int), num_groups=1)
+  >>> [round(a, 3) for a in advantages.tolist()]
+  [1.5, -0.5, -0.5, -0.5]
   """
   rewards, ones, group_ids, valid = _prepare(
     rewards, lengths, group_ids, num_groups, valid, alpha=0.0
@@ -134,6 +158,12 @@ def reinforce_pp(rewards, lengths, group_ids, *, num_groups, valid=None, epsilon
   """`A = (r - mean of the batch) / (std of the batch + epsilon)`.
 
   REINFORCE++, https://arxiv.org/abs/2501.03262.
+
+  >>> import jax.numpy as jnp
+  >>> rewards, lengths = jnp.array([1.0, 0.0, 0.0, 0.0]), jnp.array([20, 10, 5, 5])
+  >>> advantages = reinforce_pp(rewards, lengths, jnp.arange(4), num_groups=4)
+  >>> [round(a, 3) for a in advantages.tolist()]
+  [1.5, -0.5, -0.5, -0.5]
   """
   one_group = jnp.zeros_like(group_ids)
   return grpo(rewards, lengths, one_group, num_groups=1, valid=valid, epsilon=epsilon)
@@ -143,6 +173,12 @@ def maxrl(rewards, lengths, group_ids, *, num_groups, valid=None, epsilon=1e-6):
   """`A = (r - mean_g(r)) / (mean_g(r) + epsilon)`, for rewards that are not negative.
 
   MaxRL, https://arxiv.org/abs/2602.02710.
+
+  >>> import jax.numpy as jnp
+  >>> rewards, lengths = jnp.array([1.0, 0.0, 0.0, 0.0]), jnp.array([20, 10, 5, 5])
+  >>> advantages = maxrl(rewards, lengths, jnp.zeros(4, int), num_groups=1)
+  >>> [round(a, 3) for a in advantages.tolist()]
+  [3.0, -1.0, -1.0, -1.0]
   """
   rewards, ones, group_ids, valid = _prepare(
     rewards, lengths, group_ids, num_groups, valid, alpha=0.0
@@ -196,6 +232,12 @@ def opo_loo(rewards, lengths, group_ids, *, num_groups, valid=None, alpha=0.5):
   `A_i = r_i - sum_{j!=i} l_j r_j / sum_{j!=i} l_j`. Plain OPO is
   `(1 - l_i / sum_j l_j)` times this, so it shrinks long answers more. `alpha` as in
   `opo`; 0 is RLOO.
+
+  >>> import jax.numpy as jnp
+  >>> rewards, lengths = jnp.array([1.0, 1.0, 0.0]), jnp.array([10, 20, 20])
+  >>> advantages = opo_loo(rewards, lengths, jnp.zeros(3, int), num_groups=1)
+  >>> [round(a, 3) for a in advantages.tolist()]
+  [0.5, 0.667, -1.0]
   """
   rewards, weights, group_ids, valid = _prepare(
     rewards, lengths, group_ids, num_groups, valid, alpha=alpha
@@ -210,6 +252,11 @@ def opo_batch(rewards, lengths, group_ids, *, num_groups, valid=None, alpha=0.5)
   """OPO with one baseline over the whole batch (the paper's REINFORCE++ variant).
 
   `alpha` as in `opo`.
+
+  >>> import jax.numpy as jnp
+  >>> rewards, lengths = jnp.array([1.0, 0.0, 0.0, 0.0]), jnp.array([20, 10, 5, 5])
+  >>> opo_batch(rewards, lengths, jnp.arange(4), num_groups=4).tolist()
+  [0.5, -0.5, -0.5, -0.5]
   """
   one_group = jnp.zeros_like(group_ids)
   return opo(rewards, lengths, one_group, num_groups=1, valid=valid, alpha=alpha)

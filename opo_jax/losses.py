@@ -55,6 +55,13 @@ def step_normalizer(
 
   Raises:
     ValueError: an unknown name, or `constant`, whose denominator is the caller's.
+
+  >>> import jax.numpy as jnp
+  >>> mask = jnp.array([[True, True, False], [False, False, False]])
+  >>> float(step_normalizer(mask, "token_mean"))
+  2.0
+  >>> float(step_normalizer(mask, "sequence_mean_token_mean"))  # one row has tokens
+  1.0
   """
   _check_name("aggregation", how, AGGREGATIONS)
   if how == "constant":
@@ -420,6 +427,11 @@ def importance_ratio(
 
   Bounded to [exp(-20), exp(20)], beyond which float32 would soon give infinity, and a
   finite loss a NaN gradient.
+
+  >>> import jax.numpy as jnp
+  >>> new, old = jnp.log(jnp.array([[0.5, 0.9]])), jnp.log(jnp.array([[0.25, 0.1]]))
+  >>> importance_ratio(new, old, jnp.array([[True, False]])).tolist()
+  [[2.0, 1.0]]
   """
   return jnp.exp(_log_ratio(logprobs, old_logprobs, mask))
 
@@ -485,6 +497,11 @@ def kl(
 
   Raises:
     ValueError: an unknown estimator, shapes that differ.
+
+  >>> import jax.numpy as jnp
+  >>> new, start = jnp.array([[-1.0, -9.0]]), jnp.array([[-1.5, -1.0]])
+  >>> kl(new, start, jnp.array([[True, False]]), estimator="k1").tolist()
+  [[0.5, 0.0]]
   """
   _check_name("KL estimator", estimator, ("k1", "k2", "k3"))
   mask = _trainable(mask, logprobs=logprobs, reference_logprobs=reference_logprobs)

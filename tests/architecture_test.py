@@ -23,7 +23,10 @@ MAY_IMPORT = {
   "variance": {"build", "advantages", "losses"},
   "build": {"models", "sampler", "trainer", "advantages", "sharding", "config"}
   | {"rollouts"},  # demonstrations are made into rollouts here
-  "sampler": {"models", "rollouts", "sharding"},
+  # The sampler's two halves below it: the compiled programs, and logits to a token.
+  "sampler": {"models", "rollouts", "sharding", "decoding", "distribution"},
+  "decoding": {"models", "rollouts", "sharding", "distribution"},
+  "distribution": set(),
   "trainer": {"losses", "logprobs", "advantages", "rollouts"},
   "evaluation": {"rollouts", "models"},
   "rewards.reward_model": {"rollouts", "models"},

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opo_jax import sampler, sharding
+from opo_jax import decoding, distribution, sampler, sharding
 from opo_jax.models import ModelConfig, Policy
 from opo_jax.rollouts import select
-from opo_jax.sampler import _Distribution, _kept, bucket, generate
+from opo_jax.sampler import bucket, generate
 from opo_jax.trainer import response_logprobs
 
 CONFIG = ModelConfig(
@@ -120,14 +120,14 @@ def test_a_ring_that_grows_and_shrinks_changes_nothing(monkeypatch):
   np.testing.assert_array_equal(fixed.lengths, limits)
 
   widths = []
-  resize = sampler._resize
+  resize = decoding.resize
 
   def watched(slots, settings, num_slots, width):
     widths.append(width)
     return resize(slots, settings, num_slots, width)
 
-  monkeypatch.setattr(sampler, "_resize", watched)
-  monkeypatch.setattr(sampler, "_MIN_WIDTH", 4)
+  monkeypatch.setattr(decoding, "resize", watched)
+  monkeypatch.setattr(decoding, "MIN_WIDTH", 4)
   assert_same(sample(policy(), slots=2, **options), fixed)
   growth = np.diff(widths)
   assert (growth > 0).any() and (growth < 0).any(), widths
@@ -135,25 +135,25 @@ def test_a_ring_that_grows_and_shrinks_changes_nothing(monkeypatch):
 
 def test_the_ring_is_as_wide_as_the_responses_not_as_the_limit():
   model = policy()
-  decoding = sampler._Decoding(model, PROMPTS, max_new_tokens=4096)
-  while decoding.advance():
+  sampling = sampler._Sampling(model, PROMPTS, max_new_tokens=4096)
+  while sampling.advance():
     pass
-  longest = int(decoding.rollouts(0).lengths.max())
+  longest = int(sampling.rollouts(0).lengths.max())
   assert longest < 64, "the test wants short responses"
-  assert decoding.slots.keys.shape[3] == 64
+  assert sampling.slots.keys.shape[3] == 64
 
 
 def test_idle_slots_leave_the_batch_when_the_queue_is_empty():
   limits = [1] * 63 + [40]
-  decoding = sampler._Decoding(
+  sampling = sampler._Sampling(
     policy(), [[3]], samples_per_prompt=64, max_new_tokens=limits, eos_ids=(), seed=3
   )
-  while decoding.advance():
+  while sampling.advance():
     pass
-  assert decoding.num_slots == 16
+  assert sampling.num_slots == 16
   alone = sample(policy(), [[3]], samples_per_prompt=64, max_new_tokens=40, eos_ids=())
   np.testing.assert_array_equal(
-    decoding.rollouts(0).tokens[-1], alone.tokens[-1], err_msg="moved, not changed"
+    sampling.rollouts(0).tokens[-1], alone.tokens[-1], err_msg="moved, not changed"
   )
 
 
@@ -315,8 +315,8 @@ def test_top_k_and_top_p_keep_what_they_say():
 def test_truncation_keeps_what_a_plain_reference_keeps(top_k, top_p):
   """On many rows: a threshold normalised apart loses a token now and then."""
   logits = 2.0 * jax.random.normal(jax.random.key(0), (2000, 200))
-  filters = _Distribution(1.0, jnp.int32(top_k), jnp.float32(top_p), 0.0)
-  kept = np.asarray(_kept(logits, filters))
+  filters = distribution.make(200, top_k=top_k, top_p=top_p)
+  kept = np.asarray(distribution.kept(logits, filters))
   descending = np.sort(np.asarray(logits, np.float64), axis=1)[:, ::-1]
   descending[:, top_k or 200 :] = -np.inf
   probs = np.exp(descending - descending[:, :1])
