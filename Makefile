@@ -4,6 +4,7 @@
 #   make train EXP=quickstart [RUN=runs/quickstart] [ARGS="--steps 3 --seed 1"]
 #   make eval RUN=runs/quickstart [ARGS="--eval.samples 16"]
 #   make report RUN=…       make export RUN=… OUT=directory
+#   make variance RUN=… [ARGS="--steps 0 60 120 --prompts 64"]
 #   make test               make lint               make bench
 
 VENV ?= .venv
@@ -20,11 +21,11 @@ OPO := $(VENV)/bin/python -m opo_jax
 EXTRAS = $(if $(JAX_EXTRA),[$(JAX_EXTRA)])
 RUN ?= runs/$(EXP)
 
-.PHONY: train eval report export test lint bench clean
+.PHONY: train eval report variance export test lint bench clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '4,8s/^# \{0,1\}//p' Makefile
+	@sed -n '4,9s/^# \{0,1\}//p' Makefile
 
 # One stamp for what running needs, one for what testing needs besides.
 INSTALLED := $(VENV)/.installed-$(or $(JAX_EXTRA),cpu)
@@ -51,6 +52,9 @@ eval: $(INSTALLED)
 
 report: $(INSTALLED)
 	@$(OPO) report "$(RUN)"
+
+variance: $(INSTALLED)
+	@$(OPO) variance "$(RUN)" $(ARGS)
 
 export: $(INSTALLED)
 	@test -n "$(OUT)" || { echo "error: where to? make export RUN=$(RUN) OUT=directory" >&2; exit 2; }

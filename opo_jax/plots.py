@@ -616,3 +616,81 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
   minutes = round(seconds / 60)
   return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+# Gradient variance --------------------------------------------------------------
+
+# Estimator -> (label, colour, dashes) in the figure of `variance_figure`.
+VARIANCE_CURVES = {
+  "reinforce": ("no baseline", GREY, "-"),
+  "opo_loo": ("length (OPO)", BLUE, "-"),
+  "opo_fitted_loo": ("length, fitted power", SKY, "-"),
+  "energy_loo": ("logit energy", GREEN, "-"),
+  "exact_loo": ("exact |s|²", VERMILION, "-"),
+  "exact_all": ("floor: exact, all responses", VERMILION, ":"),
+}
+
+
+def variance_figure(rows: list[Row], out: str | Path) -> Path:
+  """Draws what `variance.json` holds, a row of panels for each policy.
+
+  Left the error of each leave-one-out baseline beside that of the mean, over the size
+  of the group; then the squared norm of each response's score over its length and over
+  its logit energy, with the line fitted within prompts.
+
+  Args:
+    rows: `policies` of the file.
+    out: picture to write; its suffix (.png, .svg, .pdf) decides the format.
+  """
+  out = Path(out)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  with matplotlib.rc_context(STYLE):
+    figure = Figure(figsize=(11.4, 3.1 * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots(len(rows), 3, squeeze=False)
+    for (error, *norms), row in zip(axes, rows, strict=True):
+      _error_over_size(error, row)
+      for ax, column, name in zip(norms, (0, 1), ("length", "energy"), strict=True):
+        _norm_over(ax, row, column, name)
+    handles = [
+      Line2D([], [], color=color, ls=ls, label=label)
+      for label, color, ls in VARIANCE_CURVES.values()
+    ]
+    handles += [Line2D([], [], color=INK, ls=DASHED, label="mean (rloo) = 1")]
+    figure.legend(handles=handles, loc="outside upper center", ncols=7)
+    figure.savefig(out)
+  return out
+
+
+def _error_over_size(ax: Axes, row: Row) -> None:
+  sizes = list(row["ratios"])
+  for name, (_, color, ls) in VARIANCE_CURVES.items():
+    errors = [row["ratios"][K][name].get("error") for K in sizes]
+    xs = [i for i, error in enumerate(errors) if error]
+    values, low, high = np.array([errors[i] for i in xs]).reshape(-1, 3).T
+    ax.plot(xs, values, color=color, ls=ls, marker="o", ms=4)
+    ax.fill_between(xs, low, high, color=color, alpha=0.14, lw=0)
+  ax.axhline(1, color=INK, ls=DASHED, lw=1.1)
+  ax.set_ylim(bottom=0)
+  ax.set_xticks(range(len(sizes)), sizes)
+  reward = f"reward {row['reward/mean']:.2f}"
+  ax.set_title(f"step {row['step']}, {reward}", loc="left", fontsize=10.5)
+  ax.set(xlabel="K, responses per group", ylabel="error beside the mean's")
+
+
+def _norm_over(ax: Axes, row: Row, column: int, name: str) -> None:
+  points = np.array(row["points"])
+  for reward, label, color in ((0, "wrong", VERMILION), (1, "right", GREEN)):
+    chosen = points[(points[:, 3] > 0.5) == reward]
+    xs, ys = np.exp(chosen[:, column]), np.exp(chosen[:, 2])
+    ax.scatter(xs, ys, s=9, color=color, alpha=0.45, lw=0, label=label)
+  ax.set_xscale("log")
+  ax.set_yscale("log")
+  fit = row["fits"][name]["within"]
+  if fit:
+    middle, ends = points.mean(0), np.quantile(points[:, column], (0.01, 0.99))
+    line = middle[2] + fit["slope"] * (ends - middle[column])
+    label = f"slope {fit['slope']:.2f}, R² {fit['r2']:.2f}"
+    ax.plot(np.exp(ends), np.exp(line), color=INK, lw=1.4, label=label)
+  ax.legend(loc="best", handletextpad=0.4)
+  xlabels = {"length": "length (tokens)", "energy": "logit energy of the response"}
+  ax.set(xlabel=xlabels[name], ylabel="|s|², squared norm of the score")
