@@ -612,6 +612,8 @@ def measure(
 
   by_size = {str(K): moments_of(orders, K) for K in settings.group_sizes}
   result = {
+    "prompts": G,
+    "samples": M,
     "reward/mean": float(scored.rewards[scored.valid].mean()),
     "response_length/mean": float(lengths.mean()),
     "response_length/cv": float(lengths.std() / lengths.mean()),

@@ -237,18 +237,17 @@ def test_two_responses_leave_one_baseline_whatever_it_weighs():
     )
 
 
-def test_norms_that_grow_with_the_square_of_length_order_the_baselines():
-  """|s|^2 ~ l^2, and reward grows with length: exact < OPO's l < mean < none."""
-  scores, rewards, lengths = synthetic(
-    400, 64, size=40, scale=lambda lengths: lengths**2
-  )
-  found = moments(scores, rewards, lengths, 32, alpha=1.0)
+def test_norms_that_grow_faster_than_length_order_the_baselines():
+  """|s|^2 ~ l^4, and reward grows with length: |s|^2 < OPO's l < mean < none."""
+  scores, rewards, lengths = synthetic(200, 64, size=40, scale=lambda l: l**4)
+  found = moments(scores, rewards, lengths, 32, alpha=2.0)
   total = {name: row["variance"].sum() for name, row in found.items()}
-  assert total["exact_loo"] < 0.98 * total["opo_loo"]
+  assert total["exact_loo"] < 0.99 * total["opo_loo"]
   assert total["opo_loo"] < 0.95 * total["rloo"]
-  assert total["rloo"] < 0.9 * total["reinforce"]
+  assert total["rloo"] < 0.5 * total["reinforce"]
   assert total["opo_fitted_loo"] == pytest.approx(total["exact_loo"], rel=0.02)
-  assert total["exact_all"] < total["exact_outside"] < total["exact_loo"]
+  others = ("rloo", "opo_loo", "opo_fitted_loo", "energy_loo", "exact_outside")
+  assert total["exact_all"] < min(total[name] for name in others)
 
 
 def test_floor_is_below_every_constant_baseline():
