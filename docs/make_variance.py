@@ -3,8 +3,8 @@
     .venv/bin/python docs/make_variance.py [runs/variance]
 
 Trains the quickstart with its checkpoints kept and measures it at the start, in the
-middle and at the end: about 10 minutes on two cores. Writes `docs/results/variance.json`
-and `docs/variance.png`.
+middle and at the end: about 10 minutes on two cores. Writes
+`docs/results/variance.json` and `docs/variance.png`.
 """
 
 import json

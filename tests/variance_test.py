@@ -1,5 +1,6 @@
 """The variance measured from inner products is that of the gradients themselves."""
 
+import dataclasses
 import functools
 import json
 
@@ -8,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.quickstart import get_config
 from opo_jax import __main__ as command_line
 from opo_jax import advantages as adv
-from opo_jax import sharding, variance
+from opo_jax import loop, sharding, variance
+from opo_jax.checkpoint import Checkpoints
+from opo_jax.data import sources
 from opo_jax.models import ModelConfig, Policy
 from opo_jax.rollouts import select
 from opo_jax.sampler import generate
@@ -221,15 +225,15 @@ def test_moments_reach_the_closed_form():
 
 
 def test_equal_lengths_make_opo_the_mean():
-  scores, rewards, _ = synthetic(3, 12)
-  found = moments(scores, rewards, np.full_like(rewards, 7), 4)
+  scores, rewards, _ = synthetic(3, 11)
+  found = moments(scores, rewards, np.full_like(rewards, 7), 5)
   for opo, mean in (("opo", "mean"), ("opo_fitted", "mean"), ("opo_loo", "rloo")):
     for key, value in found[opo].items():
       np.testing.assert_allclose(value, found[mean][key], rtol=1e-4, err_msg=opo)
 
 
 def test_two_responses_leave_one_baseline_whatever_it_weighs():
-  scores, rewards, lengths = synthetic(3, 12)
+  scores, rewards, lengths = synthetic(3, 11)
   found = moments(scores, rewards, lengths, 2)
   for name in ("opo_loo", "opo_fitted_loo", "energy_loo", "exact_loo"):
     np.testing.assert_allclose(
@@ -239,7 +243,7 @@ def test_two_responses_leave_one_baseline_whatever_it_weighs():
 
 def test_norms_that_grow_faster_than_length_order_the_baselines():
   """|s|^2 ~ l^4, and reward grows with length: |s|^2 < OPO's l < mean < none."""
-  scores, rewards, lengths = synthetic(200, 64, size=40, scale=lambda l: l**4)
+  scores, rewards, lengths = synthetic(200, 64, size=40, scale=lambda x: x**4)
   found = moments(scores, rewards, lengths, 32, alpha=2.0)
   total = {name: row["variance"].sum() for name, row in found.items()}
   assert total["exact_loo"] < 0.99 * total["opo_loo"]
@@ -374,27 +378,39 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+  """A run of which only the start and two checkpoints are there, of random policies."""
   directory = tmp_path_factory.mktemp("runs") / "small"
-  flags = ["--steps=2", "--warm-start.steps=2", "--warm-start.batch-size=16"]
-  flags += ["--rollout.prompts-per-step=8", "--rollout.group-size=2"]
-  flags += ["--eval.problems=8", "--eval.samples=1", "--checkpoint.every=1"]
-  flags += ["--model.width=16", "--model.mlp-width=32", "--record.kl-rollouts=0"]
-  command = ["train", "quickstart", "--run", str(directory), *flags]
-  assert command_line.main(command) == 0
+  base = get_config()
+  config = dataclasses.replace(
+    base,
+    model=dataclasses.replace(base.model, width=16, mlp_width=32, num_layers=1),
+    warm_start=dataclasses.replace(base.warm_start, steps=0),
+  )
+  with loop.Run(config, directory) as run:
+    run.write_head()
+    problems = sources.load("arithmetic", "train")
+    state = run.parts.start(run.start_policy(problems))
+    with Checkpoints(directory / "checkpoints", keep=2) as checkpoints:
+      for step in (20, 40):
+        run.save(checkpoints, step, state, sources.ProblemStream(problems, seed=0))
   return directory
 
 
-def test_command_writes_its_table_file_and_figure(run, capsys):
-  flags = ["--prompts=3", "--samples=8", "--group-sizes", "2", "4"]
-  flags += ["--token-group-size=4", "--shuffles=2", "--chunk=5"]
+def test_command_writes_its_table_file_and_figure(run, capsys, monkeypatch):
+  # A random policy is never right: here even lengths are.
+  monkeypatch.setitem(loop.VERIFIERS, "arithmetic", lambda text, _: len(text) % 2)
+  flags = ["--prompts=6", "--samples=8", "--group-sizes=4", "--steps", "0", "40"]
+  flags += ["--token-group-size=4", "--shuffles=1", "--chunk=5"]
   assert command_line.main(["variance", str(run), *flags]) == 0
   shown = capsys.readouterr().out
-  assert "opo_loo" in shown and "optimal_token" in shown and "step 2" in shown
+  for word in ("step 0, reward 0.", "step 40", "opo_loo", "optimal_token", "within a"):
+    assert word in shown
   rows = json.loads((run / "variance.json").read_text())["policies"]
-  assert [row["step"] for row in rows] == [0, 1, 2]
+  assert [row["step"] for row in rows] == [0, 40]
   for row in rows:
-    assert set(row["ratios"]) == {"2", "4"} and set(row["tokens"]) == {"4"}
-    assert list(row["ratios"]["2"]) == list(variance.ROWS)
+    assert list(row["ratios"]["4"]) == list(variance.ROWS)
+    assert row["ratios"]["4"]["rloo"]["error"] == [1.0, 1.0, 1.0]
+    assert row["tokens"]["4"]["optimal_token"]["error"][0] != 1.0
     assert json.dumps(row, allow_nan=False)
   assert (run / "figures" / "variance.png").stat().st_size > 10_000
 
@@ -402,5 +418,5 @@ def test_command_writes_its_table_file_and_figure(run, capsys):
 def test_step_without_checkpoint_is_refused_in_one_line(run, capsys):
   assert command_line.main(["variance", str(run), "--steps", "7"]) == 2
   error = capsys.readouterr().err
-  assert "no checkpoint of step 7; there are 0 (the start) and [1, 2]" in error
+  assert "no checkpoint of step 7; there are 0 (the start) and [20, 40]" in error
   assert error.count("\n") == 1
