@@ -84,8 +84,11 @@ from opo_jax import advantages as adv
 from opo_jax import trainer
 from opo_jax.rollouts import Rollouts, rows, select
 
-# (rewards, lengths, group_ids, *, num_groups, valid, weights) -> advantages
-Advantages = Callable[..., jax.Array]
+# What estimators know of each response, arrays of one shape: rewards, lengths, valid,
+# and the weights of `WEIGHTS`.
+Columns = dict[str, jax.Array]
+# (columns [N], group_ids [N], num_groups) -> advantages [N]; groups lie side by side.
+Advantages = Callable[[Columns, jax.Array, int], jax.Array]
 # As they are shown: with the row itself in the baseline, without it, rescaled, bounds.
 ROWS = (
   *("reinforce", "mean", "opo", "opo_batch", "opo_fitted", "energy", "exact"),
@@ -138,29 +141,6 @@ class Settings:
         f"--samples {self.samples} is less than two groups of {largest}; use --samples"
         f" {2 * largest}, or smaller --group-sizes and --token-group-size."
       )
-
-
-@dataclasses.dataclass(frozen=True)
-class Scored:
-  """All that the estimators need to know of G prompts with M responses each.
-
-  Attributes:
-    rewards, lengths: [G, M] float32.
-    energy: [G, M, T] float32, logit energy of each token, 0 outside of the mask.
-    valid: [G, M] bool.
-    gram: [G, M, M] float32, the inner products of the scores of a prompt's responses.
-  """
-
-  rewards: np.ndarray
-  lengths: np.ndarray
-  energy: np.ndarray
-  valid: np.ndarray
-  gram: np.ndarray
-
-  @property
-  def squared_norms(self) -> np.ndarray:
-    """|s_i|^2, [G, M]."""
-    return np.diagonal(self.gram, axis1=1, axis2=2)
 
 
 # Per-sample gradients ------------------------------------------------------------
@@ -278,18 +258,18 @@ def _check_memory(policy, chunk, chunks, memory_gib):
 
 
 def _plain(estimator: adv.Estimator) -> Advantages:
-  def advantages(rewards, lengths, group_ids, *, num_groups, valid, weights):
-    del weights
-    return estimator(rewards, lengths, group_ids, num_groups=num_groups, valid=valid)
+  def advantages(columns, ids, num_groups):
+    rewards, lengths, valid = (columns[k] for k in ("rewards", "lengths", "valid"))
+    return estimator(rewards, lengths, ids, num_groups=num_groups, valid=valid)
 
   return advantages
 
 
 def _weighted(name: str) -> Advantages:
-  def advantages(rewards, lengths, group_ids, *, num_groups, valid, weights):
-    del lengths
+  def advantages(columns, ids, num_groups):
+    rewards, valid = columns["rewards"], columns["valid"]
     baseline = adv.weighted_baseline(
-      rewards, weights[name], group_ids, num_groups=num_groups, valid=valid
+      rewards, columns[name], ids, num_groups=num_groups, valid=valid
     )
     return jnp.where(valid, rewards - baseline, 0.0)
 
@@ -301,17 +281,34 @@ def _weighted_loo(name: str) -> Advantages:
   float32 total, and nothing is left of the others beside a norm a million times theirs.
   """
 
-  def advantages(rewards, lengths, group_ids, *, num_groups, valid, weights):
-    del lengths, group_ids
-    r, w, valid = (x.reshape(num_groups, -1) for x in (rewards, weights[name], valid))
-    w = jnp.where(valid, w, 0.0)
-    others = 1.0 - jnp.eye(r.shape[1])
-    total = jnp.matmul(w, others, precision="highest")
-    weighted = jnp.matmul(w * r, others, precision="highest")
-    centred = jnp.where(total > 0, r - weighted / jnp.where(total > 0, total, 1.0), 0.0)
-    return jnp.where(valid, centred, 0.0).reshape(-1)
+  def advantages(columns, ids, num_groups):
+    del ids
+    columns = {k: column.reshape(num_groups, -1) for k, column in columns.items()}
+    weights = jnp.where(columns["valid"], columns[name], 0.0)
+    others = 1.0 - jnp.eye(weights.shape[1])
+    sums = [weights, weights * columns["rewards"]]
+    total, weighted = (jnp.matmul(x, others, precision="highest") for x in sums)
+    return _centred(columns, total, weighted).reshape(-1)
 
   return advantages
+
+
+def _centred(columns, total, weighted):
+  """`r - weighted / total`, 0 for what does not count or has nothing to go by."""
+  baseline = weighted / jnp.where(total > 0, total, 1.0)
+  return jnp.where(columns["valid"] & (total > 0), columns["rewards"] - baseline, 0.0)
+
+
+def _beyond_the_group(columns_GJK: Columns) -> dict[str, jax.Array]:
+  """Advantages with a baseline from a prompt's other groups, and from all of them."""
+  weights = jnp.where(columns_GJK["valid"], columns_GJK["exact"], 0.0)
+  sums = jnp.stack([weights, weights * columns_GJK["rewards"]])
+  own = sums.sum(3, keepdims=True)
+  every = own.sum(2, keepdims=True)
+  return {
+    "exact_outside": _centred(columns_GJK, *(every - own)),
+    "exact_all": _centred(columns_GJK, *every),
+  }
 
 
 WEIGHTS = ("opo_fitted", "energy", "exact")
@@ -322,23 +319,18 @@ ESTIMATORS: dict[str, Advantages] = {
 }
 
 
+# Moments -------------------------------------------------------------------------
+
+
 @functools.partial(jax.jit, static_argnames="group_size")
 def moments(
-  gram: jax.Array,
-  rewards: jax.Array,
-  lengths: jax.Array,
-  valid: jax.Array,
-  weights: dict[str, jax.Array],
-  orders: jax.Array,
-  *,
-  group_size: int,
+  gram: jax.Array, columns: Columns, orders: jax.Array, *, group_size: int
 ) -> dict[str, dict[str, jax.Array]]:
   """Variance, error and signal of every estimator for groups of one size.
 
   Args:
     gram: [G, M, M] inner products of scores.
-    rewards, lengths, valid: [G, M].
-    weights: name -> [G, M], each of `WEIGHTS`.
+    columns: arrays [G, M].
     orders: [R, M] permutations of the responses.
     group_size: K, at most M / 2.
 
@@ -348,35 +340,20 @@ def moments(
   """
   G, K = gram.shape[0], group_size
   J = gram.shape[1] // K
-  group_ids = jnp.repeat(jnp.arange(G), K)
-
-  def cut(x_GM, order):
-    """[G, M] -> [J, G K]: batches of one group a prompt."""
-    return x_GM[:, order].reshape(G, J, K).swapaxes(0, 1).reshape(J, G * K)
-
-  def join(x_JN):
-    """[J, G K] -> [G, J, K]"""
-    return x_JN.reshape(J, G, K).swapaxes(0, 1)
+  ids = jnp.repeat(jnp.arange(G), K)
 
   def of_shuffle(order):
     order = order[: J * K]
     q_GMM = gram[:, order][:, :, order]
-    batch = [cut(x, order) for x in (rewards, lengths, valid)]
-    cut_weights = {name: cut(weight, order) for name, weight in weights.items()}
-
-    def of_batch(estimator):
-      def advantages(rewards, lengths, valid, weights):
-        return estimator(
-          rewards, lengths, group_ids, num_groups=G, valid=valid, weights=weights
-        )
-
-      return join(jax.vmap(advantages)(*batch, cut_weights))
-
-    a = {name: of_batch(estimator) for name, estimator in ESTIMATORS.items()}
-    a |= _with_other_responses(
-      join(batch[0]), join(cut_weights["exact"]), join(batch[2])
-    )
-    a["zero"] = jnp.zeros((G, J, K))
+    columns_GJK = {k: x[:, order].reshape(G, J, K) for k, x in columns.items()}
+    # J batches, each of a group from every prompt.
+    batches = {k: x.swapaxes(0, 1).reshape(J, -1) for k, x in columns_GJK.items()}
+    a = {
+      name: jax.vmap(lambda batch: estimator(batch, ids, G))(batches)  # noqa: B023
+      for name, estimator in ESTIMATORS.items()
+    }
+    a = {name: x.reshape(J, G, K).swapaxes(0, 1) for name, x in a.items()}
+    a |= _beyond_the_group(columns_GJK) | {"zero": jnp.zeros((G, J, K))}
 
     a_EGJK = jnp.stack(list(a.values())) / K
     h_GJK = a["rloo"] / K
@@ -404,25 +381,11 @@ def moments(
   return jax.tree.map(lambda x: x.mean(0), results)
 
 
-def _with_other_responses(r_GJK, w_GJK, valid_GJK):
-  """Advantages whose baseline looks beyond the group, see the module's docstring."""
-  w_GJK = jnp.where(valid_GJK, w_GJK, 0.0)
-  own = [x.sum(2, keepdims=True) for x in (w_GJK, w_GJK * r_GJK)]
-  every = [x.sum(1, keepdims=True) for x in own]
-  sums = {
-    "exact_outside": [e - o for e, o in zip(every, own, strict=True)],
-    "exact_all": every,
-  }
-  return {
-    name: jnp.where(valid_GJK & (w > 0), r_GJK - wr / jnp.where(w > 0, w, 1.0), 0.0)
-    for name, (w, wr) in sums.items()
-  }
-
-
 def token_moments(
   policy: Any,
   rollouts: Rollouts,
-  scored: Scored,
+  scores: tuple[np.ndarray, np.ndarray],
+  columns: Columns,
   order: np.ndarray,
   *,
   group_size: int,
@@ -431,23 +394,24 @@ def token_moments(
   """`moments` of `advantages.optimal_token`, from gradients taken for one shuffle.
 
   Args:
+    policy, rollouts, options: of `gram_matrices`.
+    scores: what it gave, Q of the scores and the energy.
+    columns: arrays [G, M].
     order: [M], the shuffle.
     group_size: K.
-    options: of `gram_matrices`.
   """
-  G, M, T = scored.energy.shape
+  score_score, energy = scores
+  G, M, T = energy.shape
   K, J = group_size, M // group_size
-  order = order[: J * K]
-  cut = np.zeros(M, np.int32)
-  cut[order] = np.arange(J * K) // K
-  used = np.isin(np.arange(M), order)
-  ids = (np.arange(G)[:, None] * J + cut).reshape(-1)
-  group = dict(num_groups=G * J, valid=(scored.valid & used).reshape(-1))
-  rewards = scored.rewards.reshape(-1)
+  cut = np.full(M, -1)  # the group of each response; what is left over has none
+  cut[order[: J * K]] = np.arange(J * K) // K
+  ids = (np.arange(G)[:, None] * J + np.maximum(cut, 0)).reshape(-1)
+  rewards, lengths = (columns[k].reshape(-1) for k in ("rewards", "lengths"))
+  group = dict(num_groups=G * J, valid=(columns["valid"] & (cut >= 0)).reshape(-1))
   token_advantages = adv.optimal_token(
-    rewards, scored.energy.reshape(-1, T), rollouts.mask, ids, **group
+    rewards, energy.reshape(-1, T), rollouts.mask, ids, **group
   )
-  h_GM = adv.rloo(rewards, scored.lengths.reshape(-1), ids, **group).reshape(G, M)
+  h_GM = adv.rloo(rewards, lengths, ids, **group).reshape(G, M)
 
   # Every row twice: with its token advantages, and as its score.
   twice = np.concatenate([np.arange(G * M).reshape(G, M)] * 2, axis=1).reshape(-1)
@@ -457,14 +421,14 @@ def token_moments(
   gram, _ = gram_matrices(
     policy, select(rollouts, twice), coefficients.reshape(-1, T), **options
   )
-  same = (cut[:, None] == cut) & used & used[:, None]
-  other = (cut[:, None] != cut) & used & used[:, None]
+  both = (cut >= 0) & (cut[:, None] >= 0)
+  same, other = both & (cut[:, None] == cut), both & (cut[:, None] != cut)
   token_token, token_score = gram[:, :M, :M], gram[:, :M, M:]
   pairs = J * (J - 1) * K**2
   power = (token_token * same).sum((1, 2)) / (J * K**2)
   signal = (token_token * other).sum((1, 2)) / pairs
   cross = np.einsum("gmn,gn->g", token_score * other, h_GM) / pairs
-  h_h = scored.gram * h_GM[:, :, None] * h_GM[:, None] * other
+  h_h = score_score * h_GM[:, :, None] * h_GM[:, None] * other
   return {
     "variance": power - signal,
     "error": power - 2 * cross + h_h.sum((1, 2)) / pairs,
@@ -475,41 +439,35 @@ def token_moments(
 # Fits and intervals --------------------------------------------------------------
 
 
-def fit(
-  x: np.ndarray, y: np.ndarray, *, within: bool, confidence: float = 0.95
-) -> dict[str, float]:
-  """Slope and R^2 of `y = c + slope x` by least squares, with a bootstrap over rows.
+def fit(x: np.ndarray, y: np.ndarray, *, within: bool) -> dict[str, float]:
+  """Least squares `y = c + slope x`, with an interval by resampling prompts.
 
   Args:
     x, y: [G, M]; what is not finite is left out.
     within: each of the G prompts has its own c.
-    confidence: of the interval of the slope.
 
   Returns:
-    `slope`, `slope_low`, `slope_high`, `r2` (within prompts: of the variance that is
-    there); empty where x does not vary.
+    `slope` with the 95 % interval `slope_low`, `slope_high`, and `r2` (within: of the
+    variance inside of prompts); empty where x does not vary.
   """
   good = np.isfinite(x) & np.isfinite(y)
   x, y = (np.where(good, v, 0.0).astype(np.float64) for v in (x, y))
   n = good.sum(1)
   if within:
-    x, y = (
-      np.where(good, v - v.sum(1, keepdims=True) / np.maximum(n, 1)[:, None], 0.0)
-      for v in (x, y)
-    )
-  sums = np.stack([n, x.sum(1), y.sum(1), (x * x).sum(1), (x * y).sum(1),
-                   (y * y).sum(1)])  # fmt: skip
+    mean = [v.sum(1, keepdims=True) / np.maximum(n, 1)[:, None] for v in (x, y)]
+    x, y = (np.where(good, v - m, 0.0) for v, m in zip((x, y), mean, strict=True))
+  sums = np.stack([n, *(v.sum(1) for v in (x, y, x * x, x * y, y * y))])
 
   def solve(sums):
     n, sx, sy, sxx, sxy, syy = sums
     xx, xy, yy = sxx - sx * sx / n, sxy - sx * sy / n, syy - sy * sy / n
-    return xy / xx, xy * xy / (xx * yy)
+    return xx / n, xy / xx, xy * xy / (xx * yy)
 
-  variation = sums[3].sum() - sums[1].sum() ** 2 / max(n.sum(), 1)
-  if variation <= 1e-9 * max(n.sum(), 1):
-    return {}
-  slope, r2 = solve(sums.sum(1))
-  low, high = _interval(solve(sums @ _resamples(len(n)))[0], confidence)
+  with np.errstate(all="ignore"):
+    variation, slope, r2 = solve(sums.sum(1))
+    if not variation > 1e-9:
+      return {}
+    low, high = _interval(solve(sums @ _resamples(len(n)))[1])
   return {"slope": slope, "slope_low": low, "slope_high": high, "r2": r2}
 
 
@@ -519,9 +477,8 @@ def _resamples(num: int, resamples: int = 2000) -> np.ndarray:
   return rng.multinomial(num, np.full(num, 1 / num), resamples).T
 
 
-def _interval(values, confidence=0.95):
-  tail = 50.0 * (1.0 - confidence)
-  low, high = np.nanpercentile(values, [tail, 100.0 - tail])
+def _interval(values):
+  low, high = np.nanpercentile(values, [2.5, 97.5])
   return float(low), float(high)
 
 
@@ -575,46 +532,42 @@ def measure(
   options = dict(chunk=settings.chunk, memory_gib=settings.memory_gib)
   gram, energy = gram_matrices(policy, rollouts, **options)
   G, M, _ = energy.shape
-  valid = ~np.isnan(rewards)
-  scored = Scored(
-    rewards=np.where(valid, rewards, 0.0).astype(np.float32).reshape(G, M),
-    lengths=np.asarray(rollouts.lengths, np.float32).reshape(G, M),
-    energy=energy,
-    valid=valid.reshape(G, M),
-    gram=gram,
-  )
-  lengths, norms, row_energy = scored.lengths, scored.squared_norms, energy.sum(-1)
+  rewards = np.asarray(rewards, np.float32).reshape(G, M)
+  lengths = np.asarray(rollouts.lengths, np.float32).reshape(G, M)
+  norms = np.diagonal(gram, axis1=1, axis2=2)
+  quantities = {"length": lengths, "energy": energy.sum(-1), "norm": norms}
   with np.errstate(divide="ignore"):
-    logs = {
-      "length": np.log(lengths), "energy": np.log(row_energy), "norm": np.log(norms)
-    }  # fmt: skip
+    logs = {name: np.log(quantity) for name, quantity in quantities.items()}
   fits = {
     name: {
-      how: fit(logs[name], logs["norm"], within=how == "within")
-      for how in ("pooled", "within")
+      "pooled": fit(logs[name], logs["norm"], within=False),
+      "within": fit(logs[name], logs["norm"], within=True),
     }
     for name in ("length", "energy")
   }
   # A baseline belongs to a prompt: what counts is how norms grow inside of one. Without
   # any variation of length all weights are the same.
   alpha = fits["length"]["within"].get("slope", 1.0) / 2
-  weights = {
-    "opo_fitted": np.where(lengths > 0, np.maximum(lengths, 1) ** (2 * alpha), 0),
-    "energy": row_energy,
+  valid = ~np.isnan(rewards)
+  columns = {
+    "rewards": np.where(valid, rewards, 0.0),
+    "lengths": lengths,
+    "valid": valid,
+    "opo_fitted": np.where(lengths > 0, np.maximum(lengths, 1.0) ** (2 * alpha), 0.0),
+    "energy": quantities["energy"],
     "exact": norms,
   }
   rng = np.random.default_rng(settings.seed)
   orders = np.stack([rng.permutation(M) for _ in range(settings.shuffles)])
 
   def moments_of(orders, size):
-    arrays = (scored.gram, scored.rewards, lengths, scored.valid, weights, orders)
-    return jax.tree.map(np.asarray, moments(*arrays, group_size=size))
+    return jax.tree.map(np.asarray, moments(gram, columns, orders, group_size=size))
 
   by_size = {str(K): moments_of(orders, K) for K in settings.group_sizes}
   result = {
     "prompts": G,
     "samples": M,
-    "reward/mean": float(scored.rewards[scored.valid].mean()),
+    "reward/mean": float(rewards[valid].mean()),
     "response_length/mean": float(lengths.mean()),
     "response_length/cv": float(lengths.std() / lengths.mean()),
     "score/squared_norm_mean": float(norms.mean()),
@@ -627,16 +580,17 @@ def measure(
     },
     "ratios": {K: ratios(measured) for K, measured in by_size.items()},
     "tokens": {},
-    "points": _points(logs, scored.rewards),
+    "points": _points(logs, rewards),
   }
   for name, which in (("right", rewards > 0.5), ("wrong", rewards <= 0.5)):
     if which.any():
-      which = which.reshape(G, M)
       result[f"score/squared_norm_{name}"] = float(norms[which].mean())
       result[f"response_length/{name}"] = float(lengths[which].mean())
   if K := settings.token_group_size:
     # Beside the others on the same one shuffle.
-    tokens = token_moments(policy, rollouts, scored, orders[0], group_size=K, **options)
+    tokens = token_moments(
+      policy, rollouts, (gram, energy), columns, orders[0], group_size=K, **options
+    )
     measured = ratios(moments_of(orders[:1], K) | {"optimal_token": tokens})
     result["tokens"] = {str(K): {"optimal_token": measured["optimal_token"]}}
   return result
@@ -666,13 +620,12 @@ def show(rows: list[dict[str, Any]]) -> None:
   for row in rows:
     console.print(table(row))
     for name, fits in row["fits"].items():
-      if found := fits["within"]:
-        slope, low, high = (found[key] for key in ("slope", "slope_low", "slope_high"))
-        console.print(
-          f"|s|^2 ~ {name}^{slope:.2f} [{low:.2f}, {high:.2f}] within a prompt,"
-          f" R^2 {found['r2']:.3f}",
-          markup=False,
+      if fits["within"]:
+        line = (
+          "|s|^2 ~ {name}^{slope:.2f} [{slope_low:.2f}, {slope_high:.2f}] within a"
+          " prompt, R^2 {r2:.3f}"
         )
+        console.print(line.format(name=name, **fits["within"]), markup=False)
 
 
 def table(row: dict[str, Any]) -> Table:

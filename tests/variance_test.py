@@ -102,20 +102,20 @@ def synthetic(num_prompts, num_samples, size=6, seed=0, scale=None):
 
 def moments(scores, rewards, lengths, size, valid=None, orders=None, alpha=0.5):
   scores = scores.astype(np.float32)
-  gram = scores @ scores.swapaxes(1, 2)
   norms = (scores**2).sum(-1)
+  columns = {
+    "rewards": rewards,
+    "lengths": lengths,
+    "valid": np.ones(rewards.shape, bool) if valid is None else valid,
+    "opo_fitted": lengths ** (2 * alpha),
+    "energy": norms**0.5,
+    "exact": norms,
+  }
   orders = np.arange(rewards.shape[1])[None] if orders is None else orders
-  weights = {"opo_fitted": lengths ** (2 * alpha), "energy": norms**0.5, "exact": norms}
-  result = variance.moments(
-    gram,
-    rewards,
-    lengths,
-    np.ones(rewards.shape, bool) if valid is None else valid,
-    {name: weight.astype(np.float32) for name, weight in weights.items()},
-    orders,
-    group_size=size,
+  gram = scores @ scores.swapaxes(1, 2)
+  return jax.tree.map(
+    np.asarray, variance.moments(gram, columns, orders, group_size=size)
   )
-  return jax.tree.map(np.asarray, result)
 
 
 # Per-sample gradients -----------------------------------------------------------
@@ -258,9 +258,9 @@ def test_floor_is_below_every_constant_baseline():
   """min over b of sum (r - b)^2 |s|^2 is at b = sum |s|^2 r / sum |s|^2."""
   scores, rewards, _ = synthetic(5, 8)
   norms = (scores**2).sum(-1)
-  a = variance._with_other_responses(
-    *(jnp.array(x).reshape(5, 2, 4) for x in (rewards, norms, rewards >= 0))
-  )["exact_all"].reshape(5, 8)
+  columns = {"rewards": rewards, "exact": norms, "valid": rewards >= 0}
+  columns = {name: jnp.array(x).reshape(5, 2, 4) for name, x in columns.items()}
+  a = variance._beyond_the_group(columns)["exact_all"].reshape(5, 8)
   floor = (np.asarray(a) ** 2 * norms).sum(1)
   for b in np.linspace(0, 1, 21):
     assert (floor <= ((rewards - b) ** 2 * norms).sum(1) * (1 + 1e-6)).all()
@@ -269,14 +269,8 @@ def test_floor_is_below_every_constant_baseline():
 def test_leave_one_out_survives_weights_a_billion_apart():
   weights = np.array([1e9, 1.0, 3.0, 2.0], np.float32)
   rewards = np.array([0.0, 1.0, 0.0, 1.0], np.float32)
-  found = variance._weighted_loo("exact")(
-    rewards,
-    None,
-    None,
-    num_groups=1,
-    valid=np.ones(4, bool),
-    weights={"exact": weights},
-  )
+  columns = {"rewards": rewards, "exact": weights, "valid": np.ones(4, bool)}
+  found = variance._weighted_loo("exact")(columns, None, 1)
   # Row 0: 0 - (1 + 2) / (1 + 3 + 2). The others see row 0 alone, to nine digits.
   np.testing.assert_allclose(found, [-0.5, 1.0, 0.0, 1.0], atol=1e-6)
 
@@ -285,16 +279,14 @@ def test_token_moments_are_those_of_explicit_gradients():
   rollouts, rewards = sampled()
   gram, energy = gram_matrices()
   valid = ~np.isnan(rewards)
-  scored = variance.Scored(
-    rewards=np.where(valid, rewards, 0).reshape(G, M),
-    lengths=np.asarray(rollouts.lengths, np.float32).reshape(G, M),
-    energy=energy,
-    valid=valid.reshape(G, M),
-    gram=gram,
-  )
+  columns = {
+    "rewards": np.where(valid, rewards, 0).reshape(G, M),
+    "lengths": np.asarray(rollouts.lengths).reshape(G, M),
+    "valid": valid.reshape(G, M),
+  }
   K, order = 3, np.array([5, 1, 4, 0, 7, 2, 6, 3])  # rows 6 and 3 are left over
   found = variance.token_moments(
-    policy(), rollouts, scored, order, group_size=K, chunk=5
+    policy(), rollouts, (gram, energy), columns, order, group_size=K, chunk=16
   )
 
   token, sequence = np.zeros((G * M, 10)), np.zeros(G * M)
