@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 # The gap between the log-probs of sampler and learner that float rounding explains.
 GAP_BOUND = 1e-4
@@ -651,11 +651,8 @@ def variance_figure(rows: list[Row], out: str | Path) -> Path:
       _error_over_size(error, row)
       for ax, column, name in zip(norms, (0, 1), ("length", "energy"), strict=True):
         _norm_over(ax, row, column, name)
-    handles = [
-      Line2D([], [], color=color, ls=ls, label=label)
-      for label, color, ls in VARIANCE_CURVES.values()
-    ]
-    handles += [Line2D([], [], color=INK, ls=DASHED, label="mean (rloo) = 1")]
+    curves = [*VARIANCE_CURVES.values(), ("mean (rloo) = 1", INK, DASHED)]
+    handles = [Line2D([], [], color=c, ls=ls, label=label) for label, c, ls in curves]
     figure.legend(handles=handles, loc="outside upper center", ncols=7)
     figure.savefig(out)
   return out
@@ -670,27 +667,32 @@ def _error_over_size(ax: Axes, row: Row) -> None:
     ax.plot(xs, values, color=color, ls=ls, marker="o", ms=4)
     ax.fill_between(xs, low, high, color=color, alpha=0.14, lw=0)
   ax.axhline(1, color=INK, ls=DASHED, lw=1.1)
-  ax.set_ylim(bottom=0)
+  ax.set_ylim(0, 2)  # a wide interval may leave the picture
   ax.set_xticks(range(len(sizes)), sizes)
-  reward = f"reward {row['reward/mean']:.2f}"
-  ax.set_title(f"step {row['step']}, {reward}", loc="left", fontsize=10.5)
+  ax.set_title(
+    f"step {row['step']}, reward {row['reward/mean']:.2f}", loc="left", fontsize=10.5
+  )
   ax.set(xlabel="K, responses per group", ylabel="error beside the mean's")
 
 
 def _norm_over(ax: Axes, row: Row, column: int, name: str) -> None:
-  points = np.array(row["points"])
+  points, fit = np.array(row["points"]), row["fits"][name]["within"]
   for reward, label, color in ((0, "wrong", VERMILION), (1, "right", GREEN)):
-    chosen = points[(points[:, 3] > 0.5) == reward]
-    xs, ys = np.exp(chosen[:, column]), np.exp(chosen[:, 2])
-    ax.scatter(xs, ys, s=9, color=color, alpha=0.45, lw=0, label=label)
-  ax.set_xscale("log")
-  ax.set_yscale("log")
-  fit = row["fits"][name]["within"]
+    x, y = np.exp(points[(points[:, 3] > 0.5) == reward][:, [column, 2]]).T
+    ax.scatter(x, y, s=9, color=color, alpha=0.45, lw=0, label=label)
+  ax.set(xscale="log", yscale="log", ylabel="|s|², squared norm of the score")
+  ax.minorticks_off()
+  ax.xaxis.set_major_formatter("{x:g}")
+  ax.yaxis.set_major_formatter("{x:g}")
+  if name == "length":
+    ax.set_xlabel("length (tokens)")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+  else:
+    ax.set_xlabel("logit energy of the response")
+    ax.xaxis.set_major_locator(LogLocator(numticks=4))
   if fit:
     middle, ends = points.mean(0), np.quantile(points[:, column], (0.01, 0.99))
     line = middle[2] + fit["slope"] * (ends - middle[column])
     label = f"slope {fit['slope']:.2f}, R² {fit['r2']:.2f}"
     ax.plot(np.exp(ends), np.exp(line), color=INK, lw=1.4, label=label)
-  ax.legend(loc="best", handletextpad=0.4)
-  xlabels = {"length": "length (tokens)", "energy": "logit energy of the response"}
-  ax.set(xlabel=xlabels[name], ylabel="|s|², squared norm of the score")
+  ax.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), borderaxespad=0.2, ncols=3)

@@ -421,8 +421,8 @@ def token_moments(
   gram, _ = gram_matrices(
     policy, select(rollouts, twice), coefficients.reshape(-1, T), **options
   )
-  both = (cut >= 0) & (cut[:, None] >= 0)
-  same, other = both & (cut[:, None] == cut), both & (cut[:, None] != cut)
+  # What is left over has advantage 0 on both sides.
+  same, other = cut[:, None] == cut, cut[:, None] != cut
   token_token, token_score = gram[:, :M, :M], gram[:, :M, M:]
   pairs = J * (J - 1) * K**2
   power = (token_token * same).sum((1, 2)) / (J * K**2)
