@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 DOCS = pathlib.Path(__file__).parent
+RESULT = DOCS / "results" / "variance.json"
 
 
 def main(directory: pathlib.Path) -> None:
@@ -26,7 +27,7 @@ def main(directory: pathlib.Path) -> None:
     command = [sys.executable, "-m", "opo_jax", *arguments]
     subprocess.run(command, check=True, cwd=DOCS.parent)
   write_down(directory)
-  print(tables(json.loads((DOCS / "results" / "variance.json").read_text())))
+  print(tables(json.loads(RESULT.read_text())))
 
 
 def write_down(directory: pathlib.Path) -> None:
@@ -37,8 +38,8 @@ def write_down(directory: pathlib.Path) -> None:
     for row in rows
   ]
   run = json.loads((directory / "run.json").read_text())
-  result = {"commit": run["commit"], "policies": kept}
-  (DOCS / "results" / "variance.json").write_text(json.dumps(result, indent=1) + "\n")
+  result = {"training commit": run["commit"], "policies": kept}
+  RESULT.write_text(json.dumps(result, indent=1) + "\n")
   shutil.copy(directory / "figures" / "variance.png", DOCS / "variance.png")
 
 

@@ -695,4 +695,5 @@ def _norm_over(ax: Axes, row: Row, column: int, name: str) -> None:
     line = middle[2] + fit["slope"] * (ends - middle[column])
     label = f"slope {fit['slope']:.2f}, R² {fit['r2']:.2f}"
     ax.plot(np.exp(ends), np.exp(line), color=INK, lw=1.4, label=label)
-  ax.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), borderaxespad=0.2, ncols=3)
+  place = dict(loc="lower left", bbox_to_anchor=(-0.04, 1), borderaxespad=0.2, ncols=3)
+  ax.legend(**place, handlelength=0.9, handletextpad=0.3, columnspacing=0.6)

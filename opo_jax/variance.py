@@ -152,7 +152,7 @@ def row_gradients(
   """Each row's own gradient `grad sum_t c_t log pi(y_t)`: the score where c = 1.
 
   Args:
-    policy: without a mesh: one row does not fill one.
+    policy: without a mesh, which each row alone would be padded to fill.
     rollouts: N rows.
     coefficients: [N, T]; what lies outside of the mask is not read.
 

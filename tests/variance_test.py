@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -412,3 +414,53 @@ def test_step_without_checkpoint_is_refused_in_one_line(run, capsys):
   error = capsys.readouterr().err
   assert "no checkpoint of step 7; there are 0 (the start) and [20, 40]" in error
   assert error.count("\n") == 1
+
+
+# The page -----------------------------------------------------------------------
+
+
+def page_and_result():
+  docs = pathlib.Path(__file__).parents[1] / "docs"
+  spec = importlib.util.spec_from_file_location(
+    "make_variance", docs / "make_variance.py"
+  )
+  script = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(script)
+  result = json.loads(script.RESULT.read_text())
+  return (docs / "variance.md").read_text(), script.tables(result), result
+
+
+def test_tables_of_the_page_are_those_of_the_result_file():
+  page, tables, _ = page_and_result()
+  assert page.endswith("\n\n" + tables + "\n")
+  assert tables.count("\n\n") >= 6
+
+
+def test_claims_of_the_page_hold_in_the_result_file():
+  _, _, result = page_and_result()
+  start, middle, end = result["policies"]
+  for K in ("8", "16", "32"):
+    assert 1.4 < start["ratios"][K]["opo_loo"]["error"][0] < 1.55
+    assert start["ratios"][K]["reinforce"]["error"][2] < 1.4
+    for row in (middle, end):
+      assert abs(row["ratios"][K]["opo_loo"]["error"][0] - 1) < 0.01
+  assert round(start["alpha"], 2) == 0.19
+  assert start["score/squared_norm_wrong"] > 2 * start["score/squared_norm_right"]
+  assert start["response_length/wrong"] < start["response_length/right"]
+  within = [row["fits"]["length"]["within"] for row in (start, middle, end)]
+  assert within[1]["slope_high"] < 0 < within[2]["slope_high"]
+  assert within[0]["r2"] > 0.2 and max(within[1]["r2"], within[2]["r2"]) < 0.1
+  for row in (start, middle, end):
+    assert row["fits"]["energy"]["within"]["r2"] >= 0.85
+    for ratios in row["ratios"].values():
+      gap = ratios["energy_loo"]["error"][0] - ratios["exact_loo"]["error"][0]
+      assert abs(gap) < 0.05
+  gains = [row["ratios"]["8"]["energy_loo"]["error"] for row in (start, middle, end)]
+  assert [round(1 - gain[0], 2) for gain in gains] == [0.16, 0.13, 0.07]
+  assert gains[1][2] < 1 < gains[2][2]
+  floors = [row["ratios"]["8"]["exact_all"]["error"][0] for row in (start, middle, end)]
+  assert 0.5 < floors[0] < 0.55 and 0.08 < floors[2] < floors[1] < 0.14
+  noise = [start["ratios"]["8"][name]["noise"][0] for name in ("energy", "exact")]
+  noise.append(start["tokens"]["8"]["optimal_token"]["noise"][0])
+  assert [round(value, 2) for value in noise] == [0.63, 0.47, 0.72]
+  assert "noise" not in end["ratios"]["8"]["mean"]
