@@ -269,12 +269,13 @@ def test_floor_is_below_every_constant_baseline():
 
 
 def test_leave_one_out_survives_weights_a_billion_apart():
-  weights = np.array([1e9, 1.0, 3.0, 2.0], np.float32)
-  rewards = np.array([0.0, 1.0, 0.0, 1.0], np.float32)
-  columns = {"rewards": rewards, "exact": weights, "valid": np.ones(4, bool)}
+  weights = np.array([1e9, 1.0, 3.0, 2.0, 7.0], np.float32)
+  rewards = np.array([0.0, 1.0, 0.0, 1.0, 1.0], np.float32)
+  valid = np.arange(5) < 4
+  columns = {"rewards": rewards, "exact": weights, "valid": valid}
   found = variance._weighted_loo("exact")(columns, None, 1)
   # Row 0: 0 - (1 + 2) / (1 + 3 + 2). The others see row 0 alone, to nine digits.
-  np.testing.assert_allclose(found, [-0.5, 1.0, 0.0, 1.0], atol=1e-6)
+  np.testing.assert_allclose(found, [-0.5, 1.0, 0.0, 1.0, 0.0], atol=1e-6)
 
 
 def test_token_moments_are_those_of_explicit_gradients():
