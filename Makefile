@@ -5,6 +5,7 @@
 #   make eval RUN=runs/quickstart [ARGS="--eval.samples 16"]
 #   make sample RUN=runs/quickstart PROMPT="3 + 4"
 #   make report RUN=…       make export RUN=… OUT=directory
+#   make variance RUN=… [ARGS="--steps 0 60 120 --prompts 64"]
 #   make test               make lint               make bench
 
 VENV ?= .venv
@@ -21,7 +22,7 @@ OPO := $(VENV)/bin/python -m opo_jax
 EXTRAS = $(if $(JAX_EXTRA),[$(JAX_EXTRA)])
 RUN ?= runs/$(EXP)
 
-.PHONY: train eval sample report export test lint bench clean
+.PHONY: train eval sample report variance export test lint bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -56,6 +57,9 @@ sample: $(INSTALLED)
 
 report: $(INSTALLED)
 	@$(OPO) report "$(RUN)"
+
+variance: $(INSTALLED)
+	@$(OPO) variance "$(RUN)" $(ARGS)
 
 export: $(INSTALLED)
 	@test -n "$(OUT)" || { echo "error: where to? make export RUN=$(RUN) OUT=directory" >&2; exit 2; }
