@@ -9,10 +9,10 @@ A script prints one JSON line on stdout, everything else goes to stderr:
 
 `tokens` is what one repeat samples (the prompt's are not counted), `seconds` the time
 of each repeat after a warm-up, `rollout_s` and `update_s` its two parts (`rollout_s +
-update_s = seconds`; `update_s` is empty for rollouts alone), `cpu_s` the CPU time of all
-threads in `seconds` (far below threads x seconds where the work ran on two threads: the
-machine was busy with something else), `peak_rss_bytes` the largest resident size of the
-whole process, its libraries and the warm-up included.
+update_s = seconds`; `update_s` is empty for rollouts alone), `cpu_s` the CPU time of
+all threads in `seconds` (less than `seconds` on two threads: the machine was busy with
+something else), `peak_rss_bytes` the largest resident size of the whole process, its
+libraries and the warm-up included.
 """
 
 import argparse
@@ -51,16 +51,23 @@ def as_text(ids: list[int]) -> str:
 
 
 def tokenizer():
-  """A Hugging Face tokenizer of one word for each id: `t17` is 17."""
+  """A Hugging Face tokenizer of one word for each id: `t17` is 17.
+
+  The special tokens are found inside of words too: no word may begin with one.
+  """
   from tokenizers import Tokenizer, decoders, models, pre_tokenizers
   from transformers import PreTrainedTokenizerFast
 
-  words = {f"t{i}": i for i in range(VOCABULARY)} | {"<end>": END_ID}
-  backend = Tokenizer(models.WordLevel(words, unk_token="t1"))
+  special = {"<pad>": PAD_ID, "<unknown>": 1, "<end>": END_ID}
+  words = special | {f"t{i}": i for i in range(2, VOCABULARY)}
+  backend = Tokenizer(models.WordLevel(words, unk_token="<unknown>"))
   backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   backend.decoder = decoders.Fuse()
   return PreTrainedTokenizerFast(
-    tokenizer_object=backend, eos_token="<end>", pad_token=f"t{PAD_ID}", unk_token="t1"
+    tokenizer_object=backend,
+    eos_token="<end>",
+    pad_token="<pad>",
+    unk_token="<unknown>",
   )
 
 

@@ -1,7 +1,17 @@
 """Tunix's vanilla sampler and GRPOLearner on bench-small, on CPU in float32.
 
-.venv-peers/bin/python benchmarks/peers/tunix_peer.py --task dense
-.venv-peers/bin/python benchmarks/peers/tunix_peer.py --task step
+    .venv-peers/bin/python benchmarks/peers/tunix_peer.py --task dense
+    .venv-peers/bin/python benchmarks/peers/tunix_peer.py --task step
+
+The model is Tunix's own Qwen2; its matrices keep Tunix's initial values, zeros in the
+MLP among them, which changes no shape. bench_small.py says what is printed. Chosen for
+speed: beta 0 (no reference model), all 128 rollouts in one call, sampler and trainer
+sharing weights on one mesh, no rematerialisation, and a cache of exactly 64 + 128
+positions, since every position of the cache is attended in every step (the default is
+1,024). The first repeat compiles and is not counted. One repeat on a busy machine of 2
+cores: the dense rollout 5.8 CPU seconds of both threads (`cpu_s`) and 1.5 GB, a step
+with micro-batches of 32 rollouts 29.6 and 4.0 GB. The sampler runs until its longest
+row ends and ends rows at end tokens only, so there is no long_tail task.
 """
 
 import argparse
@@ -116,6 +126,7 @@ def step(arguments) -> dict:
     sampling.restart()
     output = generate(*args, **kwargs)
     sampling.lap()
+    assert output.left_padded_prompt_tokens.shape == (DENSE_ROWS, bench.PROMPT_TOKENS)
     assert sum(len(t) for t in output.tokens) == DENSE_ROWS * bench.DENSE_TOKENS
     return output
 
