@@ -222,7 +222,7 @@ def decode(
     busy, longest, waiting = situation(slots)
     resize = (longest >= W) & (settings.max_new_tokens > W)
     resize |= too_wide(longest, W)
-    resize |= ~waiting & mostly_idle(busy, num_slots)
+    resize |= ~waiting & mostly_idle(busy, num_slots, settings)
     return (busy > 0) & ~resize & (slots.step < last)
 
   def decode_token(carry):
@@ -315,9 +315,16 @@ def resize(slots: Slots, settings: Settings, num_slots: int, width: int) -> Slot
 PROGRAMS = (prefill, row_keys, start, decode, resize)
 
 
-def mostly_idle(busy, num_slots: int):
+def mostly_idle(busy, num_slots: int, settings: Settings):
   """Whether the busy slots of a shard should move together, their queue being empty."""
-  return (4 * busy <= num_slots) & (num_slots > MIN_SLOTS)
+  # Short responses are over before another program has been compiled for them.
+  worth_it = settings.max_new_tokens >= 4 * MIN_WIDTH and num_slots > MIN_SLOTS
+  return worth_it & (busy <= fewer_slots(num_slots))
+
+
+def fewer_slots(num_slots: int) -> int:
+  """What a shard's slots shrink to: a ladder of few sizes, for few programs."""
+  return max(MIN_SLOTS, num_slots // 4)
 
 
 def too_wide(longest, width: int):

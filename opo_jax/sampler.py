@@ -257,18 +257,19 @@ class _Sampling:
     busy, longest, waiting = int(busy), int(longest), bool(waiting)
     if not busy:
       return False
-    num_slots, width = self.num_slots, self.width
-    if not waiting and decoding.mostly_idle(busy, num_slots):
-      num_slots = max(decoding.MIN_SLOTS, 1 << (busy - 1).bit_length())
-    if longest >= width:
-      width = self._ring(longest)
-    elif decoding.too_wide(longest, width):
-      width = self._ring(2 * longest)  # room to grow, no going to and fro
-    if (num_slots, width) != (self.num_slots, self.width):
-      self.slots = decoding.resize(self.slots, self.settings, num_slots, width)
-      self.in_groups &= num_slots == self.num_slots
-      self.num_slots, self.width = num_slots, width
+    if longest >= self.width:
+      self._resize(self.num_slots, self._ring(longest))
+    elif decoding.too_wide(longest, self.width):
+      # Room to grow: no going to and fro.
+      self._resize(self.num_slots, self._ring(2 * longest))
+    while not waiting and decoding.mostly_idle(busy, self.num_slots, self.settings):
+      self._resize(decoding.fewer_slots(self.num_slots), self.width)
     return True
+
+  def _resize(self, num_slots: int, width: int) -> None:
+    self.slots = decoding.resize(self.slots, self.settings, num_slots, width)
+    self.in_groups &= num_slots == self.num_slots
+    self.num_slots, self.width = num_slots, width
 
   def _ring(self, longest: int) -> int:
     """Columns of the ring for responses that are this long now."""

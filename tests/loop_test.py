@@ -16,7 +16,7 @@ import pytest
 
 from experiments.quickstart import get_config
 from opo_jax import __main__ as command_line
-from opo_jax import loop, models
+from opo_jax import loop, models, sampler
 from opo_jax.config import Checkpoint, Eval, Record, Rollout
 from opo_jax.data import arithmetic, prompts, sources
 from opo_jax.data.prompts import Problem
@@ -71,10 +71,15 @@ def timeless(rows):
   ]
 
 
+compiled = []  # sampling programs of the run below
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   directory = tmp_path_factory.mktemp("runs") / "small"
+  before = sampler.compiled_programs()
   assert run_command("train", "quickstart", "--run", directory, *SMALL) == 0
+  compiled.append(sampler.compiled_programs() - before)
   return directory
 
 
@@ -107,6 +112,23 @@ def test_metrics_hold_the_contracted_keys(run):
   evaluated = [row["step"] for row in rows if "eval/arithmetic/pass@1" in row]
   assert evaluated == [0, 2, 4]
   assert "eval/arithmetic/pass@4" not in rows[0], "2 samples cannot measure pass@4"
+
+
+def test_a_whole_run_compiles_few_sampling_programs(run):
+  """Prefill, keys, start, decode: one each for training and for evaluation."""
+  assert 0 < compiled[0] <= 8
+
+
+def test_the_sample_command_prints_what_evaluation_would_sample(run, capsys):
+  assert run_command("sample", run, "3 + 4", "--eval.temperature=0") == 0
+  printed = capsys.readouterr().out.strip()
+  made = small_config(eval=Eval(every=2, problems=8, samples=2, temperature=0.0))
+  with loop.Run(made, run) as opened:
+    asked = opened.encode([Problem("", "3 + 4", "")])
+    rollouts = opened.parts.sample(loop.load_policy(opened), asked, made.eval)
+    tokens = np.asarray(rollouts.tokens)[0, : int(rollouts.lengths[0])]
+    assert printed == opened.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+  assert printed
 
 
 def test_a_sample_is_what_was_asked_and_answered(run):
