@@ -173,6 +173,7 @@ def _sample(
   row_keys_N = _row_keys(key, prompt_index_G, samples)
   eos_ids = jnp.array(settings.eos_ids, jnp.int32)
   first_position_N = jnp.repeat(prompt_lengths_G, samples)
+  response_positions_NT = first_position_N[:, None] + jnp.arange(T)
 
   def rows(shape, dtype, axes=("batch",)):
     empty = jnp.zeros(shape, dtype)
@@ -216,8 +217,8 @@ def _sample(
       token_N[:, None],
       (first_position_N + t)[:, None],
       cache=(
-        Keys(prompt_keys, prompt_values, prompt_mask_G1P),
-        Keys(state.keys, state.values, earlier_1T),
+        Keys(prompt_keys, prompt_values, prompt_mask_G1P, positions_GP),
+        Keys(state.keys, state.values, earlier_1T, response_positions_NT),
       ),
     )
     column = (0, 0, t, 0, 0)

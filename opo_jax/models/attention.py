@@ -23,12 +23,16 @@ class Keys(NamedTuple):
     key: [C, S, K, E]. C is the number of query rows, or divides it: then each of the
       C is shared by as many consecutive query rows (a group and its prompt).
     value: [C, S, K, E].
-    mask: [C, T, S] or [C, 1, S] bool: which query may attend to which key.
+    mask: bool, which query may attend to which key: [C, T, S], or [C, 1, S], or one
+      for each query row, [B, T, S].
+    positions: [C, S] int32 of the keys, for layers with a sliding window; the mask they
+      pass on is already cut to it.
   """
 
   key: jax.Array
   value: jax.Array
   mask: jax.Array
+  positions: jax.Array | None = None
 
 
 def attention(query_BTHE: jax.Array, parts: Sequence[Keys]) -> jax.Array:
@@ -66,7 +70,8 @@ def _scores(query_BTKRE, part):
   scores = jnp.einsum(
     "ctkre,cske->ckrts", query, part.key, preferred_element_type=jnp.float32
   )
-  mask = jnp.broadcast_to(part.mask[:, None], (C, B // C, T, S))
+  mask = part.mask.reshape(C, -1, *part.mask.shape[1:])
+  mask = jnp.broadcast_to(mask, (C, B // C, T, S))
   scores = jnp.where(mask.reshape(C, 1, 1, -1, S), scores, _MASKED)
   scores = scores.reshape(C, K, R, B // C, T, S)
   return jnp.moveaxis(scores, 3, 1).reshape(B, K, R, T, S)
