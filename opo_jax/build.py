@@ -18,7 +18,8 @@ from opo_jax import sampler, sharding, trainer
 from opo_jax.advantages import ESTIMATORS
 from opo_jax.config import Config
 from opo_jax.models import ModelConfig, Policy, save
-from opo_jax.models.hf import end_tokens, read_config, read_weights
+from opo_jax.models.config_json import end_tokens, read_config
+from opo_jax.models.hf import read_weights
 from opo_jax.rollouts import Rollouts
 
 

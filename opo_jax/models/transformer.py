@@ -122,7 +122,8 @@ class Policy(nnx.Module):
     key: random key of the fresh weights.
     eos_ids: the tokens that end a response.
     mesh: where activations lie; None for a single device.
-    dtype: of activations; parameters stay float32 masters.
+    dtype: of activations.
+    param_dtype: of parameters; float32 masters take the smallest steps.
   """
 
   def __init__(
@@ -133,6 +134,7 @@ class Policy(nnx.Module):
     eos_ids: tuple[int, ...] = (),
     mesh: Mesh | None = None,
     dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
   ):
     embedding_key, unembedding_key, layers_key = jax.random.split(key, 3)
     self.config, self.eos_ids, self.mesh = config, tuple(eos_ids), mesh
@@ -150,6 +152,9 @@ class Policy(nnx.Module):
     )
     self.final_norm = RMSNorm(config.width, config.norm_epsilon)
     self.untied = None if config.tie_embeddings else table(unembedding_key)
+    # Drawn in float32, whatever they are kept in.
+    state = nnx.state(self, nnx.Param)
+    nnx.update(self, jax.tree.map(lambda leaf: leaf.astype(param_dtype), state))
 
   @property
   def unembedding(self) -> jax.Array:
