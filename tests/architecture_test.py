@@ -52,7 +52,7 @@ MAY_IMPORT = {
 }
 FACES = {
   "": set(),
-  "models": {"models.config", "models.hf", "models.transformer"},
+  "models": {"models.config", "models.config_json", "models.hf", "models.transformer"},
   "data": set(),
   "rewards": {"rewards.math_verifier"},
 }

@@ -8,7 +8,10 @@ bias or window moves the logits by far more than rounding does.
 
 import numpy as np
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
+
+transformers.utils.logging.disable_progress_bar()
 
 _EVERY = dict(bos_token_id=2, pad_token_id=5, eos_token_id=7)
 LLAMA3 = dict(
@@ -96,11 +99,7 @@ NEW_TOKENS = 10
 
 def make_model(name: str):
   """A model with every weight random, biases and norm scales too; float32."""
-  torch.manual_seed(0)
-  values = _EVERY | CASES[name]
-  config = AutoConfig.for_model(**values)
-  config._attn_implementation = "eager"
-  model = AutoModelForCausalLM.from_config(config).to(torch.float32).eval()
+  model = make_fresh_model(name)
   with torch.no_grad():
     for weight_name, weight in model.named_parameters():
       noise = torch.randn(weight.shape)
@@ -112,6 +111,14 @@ def make_model(name: str):
         noise = 1.5 * noise / weight.shape[-1] ** 0.5
       weight.copy_((32 * noise).round().clamp(-127, 127) / 32)
   return model
+
+
+def make_fresh_model(name: str):
+  """A model as `transformers` initialises it; float32."""
+  torch.manual_seed(0)
+  config = AutoConfig.for_model(**_EVERY, **CASES[name])
+  config._attn_implementation = "eager"
+  return AutoModelForCausalLM.from_config(config).to(torch.float32).eval()
 
 
 def make_inputs(vocab_size: int) -> dict[str, np.ndarray]:
