@@ -135,7 +135,7 @@ def _packed(policy, inputs):
 
 
 def _cached(policy, inputs):
-  """Left-padded rows: a first part at once, then token by token, as the sampler does."""
+  """Left-padded rows: a part at once, then token by token, as the sampler does."""
   tokens, real = reference.shift(inputs)
   B, T = tokens.shape
   positions, segment_ids = prompt_columns(inputs["lengths"], T)

@@ -22,7 +22,7 @@ def main():
   ]
   for name in reference.CASES:
     measured = compare.measure(name)
-    for dtype, shown in (("float32", "{:.0e}"), ("bfloat16", "{:.2f} ×")):
+    for dtype, shown in (("float32", "{:.0e}"), ("bfloat16", "{:.2f} x")):
       cells = [shown.format(measured[dtype][column]) for column in COLUMNS]
       lines.append(f"| {' | '.join([name, dtype, *cells])} |")
       print(lines[-1], flush=True)

@@ -170,6 +170,7 @@ def packed(model, inputs) -> np.ndarray:
     model(
       torch.tensor(np.concatenate(rows), dtype=torch.long)[None],
       position_ids=torch.tensor(positions)[None],
+      use_cache=False,  # with a cache, transformers sees one sequence
     )
     .logits.float()
     .numpy()
