@@ -142,7 +142,10 @@ def evaluate_run(config: Config, directory: pathlib.Path) -> dict[str, float]:
 
 
 def export(config: Config, directory: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
-  """Writes the last checkpoint's policy and tokenizer in the Hugging Face format.
+  """Writes the last checkpoint's policy in the Hugging Face format.
+
+  Its tokenizer with the chat template, generation config and a model card with the
+  run's figures lie beside it.
 
   Args:
     config: the run's.
@@ -152,19 +155,33 @@ def export(config: Config, directory: pathlib.Path, out: pathlib.Path) -> pathli
   if out.exists() and any(out.iterdir()):
     raise ValueError(f"{out} is not empty; give another OUT= directory.")
   with Run(config, directory) as run:
-    run.parts.export(load_policy(run), out, tokenizer=run.tokenizer)
+    state, step = _last_state(run)
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    run.parts.export(
+      state.policy,
+      out,
+      tokenizer=run.tokenizer,
+      rows=[row for row in rows if row["step"] <= step],
+      run=json.loads((directory / "run.json").read_text()),
+    )
   return out
 
 
 def load_policy(run: "Run") -> Any:
   """The policy of the run's last checkpoint."""
+  return _last_state(run)[0].policy
+
+
+def _last_state(run: "Run") -> tuple[Any, int]:
+  """The state of the run's last checkpoint, and its step."""
   with Checkpoints(run.directory / "checkpoints") as checkpoints:
     step = checkpoints.latest()
     if step is None:
       raise ValueError(
         f"{run.directory} has no checkpoint yet; train first (make train EXP=… RUN=…)."
       )
-    return checkpoints.restore(step, run.parts.like_state)[0].policy
+    return checkpoints.restore(step, run.parts.like_state)[0], step
 
 
 class Run:
@@ -309,7 +326,7 @@ class Run:
   def warn_of_gap(self, row: dict[str, Any]) -> None:
     """Says so when sampler and learner differ by more than float32 explains."""
     gap, on_policy = row["onpolicy/logprob_diff_max"], self.parts.update.is_on_policy
-    if on_policy and self.config.model.dtype == "float32" and gap > GAP_BOUND:
+    if on_policy and self.parts.like.dtype == jnp.float32 and gap > GAP_BOUND:
       self.terminal.say(
         f"warning: step {row['step']}: sampler and learner differ by {gap:.1e} in a"
         f" log-prob, more than {GAP_BOUND:.0e}; this is not on-policy to rounding."

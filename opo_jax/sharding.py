@@ -131,6 +131,11 @@ def put(array: Any, mesh: Mesh | None, *logical_axes) -> jax.Array:
   return jax.device_put(np.asarray(array), named(mesh, *logical_axes))
 
 
+def on_accelerator(mesh: Mesh) -> bool:
+  """Whether the mesh is of GPUs or TPUs."""
+  return mesh.devices.flat[0].platform != "cpu"
+
+
 def describe(mesh: Mesh) -> dict[str, Any]:
   """Devices and mesh in words, for `run.json`."""
   device = mesh.devices.flat[0]

@@ -33,6 +33,7 @@ MAY_IMPORT = {
   "models.config_json": {"models.config", "models.rope"},
   "models.config": {"models.rope"},  # the scalings are part of it
   "models.rope": set(),
+  "models.card": set(),
   "models.attention": set(),
   "data.sources": {"data.prompts", "data.arithmetic"},
   "data.arithmetic": {"data.prompts"},

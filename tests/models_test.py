@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from opo_jax import models, sampler, sharding
+from opo_jax import build, models, sampler, sharding
+from opo_jax.config import Config, Mesh, Model, Optimizer
 from opo_jax.models.attention import Keys, attention
+from opo_jax.models.card import model_card
 from opo_jax.models.config_json import config_from, config_to, read_config
 from opo_jax.models.rope import YarnScaling
 from opo_jax.models.transformer import Policy
@@ -873,3 +875,73 @@ def test_program_does_not_grow_with_depth(remat):
     return str(jax.make_jaxpr(program)(policy)).count(" = ")
 
   assert size(2) == size(6) > 100
+
+
+# --- what a run makes of them -------------------------------------------------------
+
+
+def built(**changes):
+  config = Config(**changes)
+  return build.build(config, eos_ids=(1,), vocab_size=10)
+
+
+def test_activations_are_bfloat16_on_accelerators_alone(monkeypatch):
+  assert built().like.dtype == jnp.float32
+  monkeypatch.setattr(sharding, "on_accelerator", lambda mesh: True)
+  parts = built()
+  assert parts.like.dtype == jnp.bfloat16
+  assert {leaf.dtype for leaf in jax.tree.leaves(parts.like)} == {jnp.dtype("float32")}
+  assert built(model=Model(dtype="float32")).like.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+def test_parameters_and_optimiser_each_have_their_dtype(param_dtype, moment_dtype):
+  parts = built(
+    model=Model(param_dtype=param_dtype), optimizer=Optimizer(moment_dtype=moment_dtype)
+  )
+  found = {
+    name: {
+      str(leaf.dtype)
+      for path, leaf in jax.tree_util.tree_flatten_with_path(parts.like_state)[0]
+      if name in jax.tree_util.keystr(path) and leaf.ndim
+    }
+    for name in (".policy", ".mu", ".nu")
+  }
+  assert found == {".policy": {param_dtype}, ".mu": {moment_dtype}, ".nu": {"float32"}}
+
+
+def test_step_of_bfloat16_parameters_is_computed_in_float32():
+  """One step of AdamW by hand: g / (|g| + epsilon), whatever the dtypes."""
+  optimizer = build._adamw(
+    Config(optimizer=Optimizer(max_grad_norm=1e9, epsilon=1e-3)), lambda step: 1.0
+  )
+  policy = {"w": jnp.array([1.0, -2.0], jnp.bfloat16)}
+  gradient = {"w": jnp.array([2e-3, -5e-4], jnp.bfloat16)}
+  step, _ = optimizer.update(gradient, optimizer.init(policy), policy)
+  g = np.asarray(gradient["w"], np.float32)
+  assert step["w"].dtype == jnp.float32
+  np.testing.assert_allclose(step["w"], -g / (np.abs(g) + 1e-3), rtol=1e-5)
+
+
+def test_fresh_takes_config_json_alone(tmp_path):
+  (tmp_path / "config.json").write_text(
+    json.dumps(golden_config("qwen3_tied") | dict(hidden_size=24))
+  )
+  parts = built(
+    model=Model(path=str(tmp_path), fresh=True), seed=3, mesh=Mesh(data=8, fsdp=1)
+  )
+  expected = Policy(read_config(tmp_path), jax.random.key(3), eos_ids=(1,))
+  actual, expected = parameters(parts.init()), parameters(expected)
+  assert actual.keys() == expected.keys()
+  for name, leaf in actual.items():
+    assert_close(leaf, expected[name], atol=1e-6)
+
+
+def test_model_card_names_a_hub_id_and_no_directory():
+  known = dict(name="r", settings={"loss": "x"}, rows=[], run={"commit": "abc"})
+  card = model_card(base="Qwen/Qwen3-8B", **known)
+  assert "\nbase_model: Qwen/Qwen3-8B\n" in card and "from Qwen/Qwen3-8B." in card
+  assert "| loss | `x` |" in card and "| commit | `abc` |" in card
+  for base in ("", None):
+    assert "base_model" not in model_card(base=base, **known)
