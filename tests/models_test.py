@@ -1,5 +1,6 @@
 """The decoder computes what transformers computes, however its inputs are laid out."""
 
+import collections
 import functools
 import json
 import pathlib
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from opo_jax import build, models, sampler, sharding
 from opo_jax.config import Config, Mesh, Model, Optimizer
+from opo_jax.models import hf
 from opo_jax.models.attention import Keys, attention
 from opo_jax.models.card import model_card
 from opo_jax.models.config_json import config_from, config_to, read_config
@@ -862,6 +864,27 @@ def test_sharded_policy_gives_the_logits_of_one_device(tmp_path):
     parameters(gradient(alone, tokens)),
     rtol=1e-5,
   )
+
+
+def test_every_device_reads_its_own_slice_and_nothing_twice(tmp_path, monkeypatch):
+  models.save(random_policy(vocab_size=62), tmp_path)
+  read = collections.defaultdict(list)
+  original = hf._slice
+
+  def slice_(file, name, index):
+    array = original(file, name, index)
+    read[name].append(array.size)
+    return array
+
+  monkeypatch.setattr(hf, "_slice", slice_)
+  models.load(tmp_path, mesh=sharding.make_mesh(1, 4, 2))
+  weights = load_file(tmp_path / "model.safetensors")
+  assert read.keys() == weights.keys()
+  for name, sizes in read.items():
+    assert sum(sizes) == weights[name].size, name
+    # Matrices over all 8 devices, biases over the 2 of the tensor axis.
+    parts = 1 if "norm" in name else 2 if name.endswith("bias") else 8
+    assert len(sizes) == parts, name
 
 
 @pytest.mark.parametrize("remat", [False, True])
