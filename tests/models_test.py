@@ -4,6 +4,9 @@ import collections
 import functools
 import json
 import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -968,3 +971,49 @@ def test_model_card_names_a_hub_id_and_no_directory():
   assert "| loss | `x` |" in card and "| commit | `abc` |" in card
   for base in ("", None):
     assert "base_model" not in model_card(base=base, **known)
+
+
+TWO_PROCESSES = """
+import os, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+rank, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=rank)
+from opo_jax import models, sharding
+from opo_jax.models import hf
+count, original = [0], hf._slice
+def slice_(file, name, index):
+  array = original(file, name, index)
+  count[0] += array.size if ".mlp." in name else 0
+  return array
+hf._slice = slice_
+policy = models.load(directory, mesh=sharding.make_mesh(1, 8, 1))
+print("read", count[0])
+models.save(policy, directory + "/again", max_file_bytes=9_000)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_read_half_each_and_write_one_model(tmp_path):
+  policy = random_policy(width=24, vocab_size=64)
+  models.save(policy, tmp_path)
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = str(free.getsockname()[1])
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", TWO_PROCESSES, str(rank), port, str(tmp_path)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for rank in range(2)
+  ]
+  outputs = [process.communicate(timeout=300) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], outputs
+  half = sum(leaf.size for leaf in jax.tree.leaves(policy.layers.mlp)) // 2
+  for out, _ in outputs:
+    assert f"read {half}\n" in out
+  again = models.load(tmp_path / "again")
+  assert_same_parameters(jax.tree.leaves(again), jax.tree.leaves(policy))
