@@ -3,6 +3,7 @@
 #
 #   make train EXP=quickstart [RUN=runs/quickstart] [ARGS="--steps 3 --seed 1"]
 #   make eval RUN=runs/quickstart [ARGS="--eval.samples 16"]
+#   make sample RUN=runs/quickstart PROMPT="3 + 4"
 #   make report RUN=…       make export RUN=… OUT=directory
 #   make test               make lint               make bench
 #   make test-parity        beside transformers; installs PyTorch into .venv-parity
@@ -21,7 +22,7 @@ OPO := $(VENV)/bin/python -m opo_jax
 EXTRAS = $(if $(JAX_EXTRA),[$(JAX_EXTRA)])
 RUN ?= runs/$(EXP)
 
-.PHONY: train eval report export test test-parity parity-table lint bench clean
+.PHONY: train eval sample report export test test-parity parity-table lint bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -49,6 +50,10 @@ train: $(INSTALLED)
 
 eval: $(INSTALLED)
 	@$(OPO) eval "$(RUN)" $(ARGS)
+
+sample: $(INSTALLED)
+	@test -n "$(PROMPT)" || { echo "error: which prompt? make sample RUN=$(RUN) PROMPT=\"...\"" >&2; exit 2; }
+	@$(OPO) sample "$(RUN)" "$(PROMPT)" $(ARGS)
 
 report: $(INSTALLED)
 	@$(OPO) report "$(RUN)"

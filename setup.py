@@ -50,6 +50,11 @@ setup(
     "cuda": ["jax[cuda12]"],
     # For `make test-parity` alone; the CPU build of PyTorch will do.
     "parity": ["torch==2.13.0"],
-    "dev": ["pytest>=9,<10", "hypothesis>=6.150,<7", "ruff>=0.17,<0.18"],
+    "dev": [
+      "pytest>=9,<10",
+      "hypothesis>=6.150,<7",
+      "ruff>=0.17,<0.18",
+      "equinox>=0.13,<0.14",  # only docs/equinox.md, which the tests run
+    ],
   },
 )

@@ -1,4 +1,4 @@
-"""The commands: `python -m opo_jax {train,eval,report,export}`.
+"""The commands: `python -m opo_jax {train,eval,sample,report,export}`.
 
 Each imports what it needs when it is called, so that `--help` and a mistyped name
 answer at once. A mistake of the person's ends with one line and exit code 2.
@@ -25,11 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
   add.add_argument("--run", type=pathlib.Path, help="directory of the run")
   for name, text in (
     ("eval", "evaluate the last checkpoint of a run beside its start policy"),
+    ("sample", "print an answer of a run's policy to a prompt, as it is sampled"),
     ("report", "write report.html and figures of a run"),
     ("export", "write a run's policy in the Hugging Face format"),
   ):
-    add = commands.add_parser(name, help=text, add_help=name != "eval")
+    add = commands.add_parser(name, help=text, add_help=name not in ("eval", "sample"))
     add.add_argument("run", type=pathlib.Path, help="directory of the run")
+    if name == "sample":
+      add.add_argument("prompt", help="the question, before the chat template")
     if name == "export":
       add.add_argument("out", type=pathlib.Path, help="directory to write")
   # What a command does not know is a flag over the fields of the config.
@@ -80,6 +83,16 @@ def evaluate(known, flags) -> int:
   return 0
 
 
+def sample(known, flags) -> int:
+  config = _parse(_config_of(known.run), flags)
+  from opo_jax import loop
+
+  for piece in loop.sample_run(config, known.run, known.prompt):
+    print(piece, end="", flush=True)
+  print()
+  return 0
+
+
 def report(known, flags) -> int:
   from opo_jax import plots
 
@@ -95,7 +108,13 @@ def export(known, flags) -> int:
   return 0
 
 
-COMMANDS = {"train": train, "eval": evaluate, "report": report, "export": export}
+COMMANDS = {
+  "train": train,
+  "eval": evaluate,
+  "sample": sample,
+  "report": report,
+  "export": export,
+}
 
 
 def _experiment(name: str):

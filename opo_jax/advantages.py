@@ -7,18 +7,25 @@ The idea of the paper is `weighted_baseline` with the lengths as weights.
 Conventions that hold for all of them:
 - `lengths` counts trainable response tokens: the end token counts; prompt, padding and
   tool tokens do not.
+- `group_ids` may come in any order, and groups may be ragged or empty. A row whose id
+  is outside of `[0, num_groups)` is refused where it can be seen; inside of `jit`,
+  where it cannot, the row counts as not valid.
 - A row with `valid=False` (an unscorable answer) or of length 0 gets advantage 0 and
   moves nobody else's baseline. Its reward may be NaN.
 - A group without weight, and a group of one, gets advantage 0, never NaN.
   (For a group of one this is LMOps' choice; verl returns the reward itself.)
 - Arithmetic is float32, whatever comes in. A difference to the baseline that is within
   float32 rounding of zero *is* zero, so that a group of equal rewards gives exactly 0.
+- Rows may be sharded: the devices then exchange the sums of the groups
+  (`[G, columns]`), never the rows. Over a mesh with explicit axes, wrap the call in
+  `jax.sharding.auto_axes`.
 """
 
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Estimator(Protocol):
@@ -53,18 +60,23 @@ def weighted_baseline(
 
   Args:
     rewards: [N].
-    weights: [N], not negative; a row of weight 0 does not count.
+    weights: [N], not negative, of any scale whose sums float32 holds; a row of weight
+      0 does not count. For example `length ** (2 * alpha)`, logit energy summed over
+      the tokens, or measured squared gradient norms.
     group_ids: [N] integers in `[0, num_groups)`, in any order.
     num_groups: G, static.
     valid: [N] bool; rows that are False do not count.
-    leave_one_out: leave row i out of its own baseline, which makes it unbiased.
+    leave_one_out: leave row i out of its own baseline, which makes it unbiased. Beside
+      a row that outweighs its group by more than 1e5, the others are lost in rounding:
+      that row then sees its own reward.
 
   Returns:
     [N] float32. Where a group has no weight (left), the row's own reward: its
     advantage is then 0.
 
   Raises:
-    ValueError: shapes that differ.
+    ValueError: shapes that differ, ids that are not integers; in concrete arrays, also
+      an id out of range and a weight that is negative or NaN.
 
   >>> import jax.numpy as jnp
   >>> weighted_baseline(
@@ -72,20 +84,36 @@ def weighted_baseline(
   ... ).tolist()
   [0.75, 0.75]
   """
-  rewards, weights, valid = _prepare(rewards, weights, group_ids, valid)
+  rewards, weights, group_ids, _ = _prepare(
+    rewards, weights, group_ids, num_groups, valid
+  )
   centred = _subtract_baseline(rewards, weights, group_ids, num_groups, leave_one_out)
   return rewards - centred
 
 
 def reinforce(rewards, lengths, group_ids, *, num_groups, valid=None):
-  """`A = r`: no baseline. Williams 1992, https://doi.org/10.1007/BF00992696."""
-  rewards, _, valid = _prepare(rewards, lengths, group_ids, valid)
-  return jnp.where(valid, rewards, 0.0)
+  """`A = r`: no baseline. Williams 1992, https://doi.org/10.1007/BF00992696.
+
+  >>> import jax.numpy as jnp
+  >>> rewards, lengths = jnp.array([1.0, 0.0, 0.0, 0.0]), jnp.array([20, 10, 5, 5])
+  >>> reinforce(rewards, lengths, jnp.zeros(4, int), num_groups=1).tolist()
+  [1.0, 0.0, 0.0, 0.0]
+  """
+  rewards, *_ = _prepare(rewards, lengths, group_ids, num_groups, valid)
+  return rewards
 
 
 def mean(rewards, lengths, group_ids, *, num_groups, valid=None):
-  """`A = r - mean_g(r)`. Dr. GRPO, https://arxiv.org/abs/2503.20783."""
-  rewards, ones, valid = _prepare(rewards, lengths, group_ids, valid, weights="ones")
+  """`A = r - mean_g(r)`. Dr. GRPO, https://arxiv.org/abs/2503.20783.
+
+  >>> import jax.numpy as jnp
+  >>> rewards, lengths = jnp.array([1.0, 0.0, 0.0, 0.0]), jnp.array([20, 10, 5, 5])
+  >>> mean(rewards, lengths, jnp.zeros(4, int), num_groups=1).tolist()
+  [0.75, -0.25, -0.25, -0.25]
+  """
+  rewards, ones, group_ids, valid = _prepare(
+    rewards, lengths, group_ids, num_groups, valid, alpha=0.0
+  )
   centred = _subtract_baseline(rewards, ones, group_ids, num_groups)
   return jnp.where(valid, centred, 0.0)
 
@@ -94,8 +122,16 @@ def rloo(rewards, lengths, group_ids, *, num_groups, valid=None):
   """`A = r - mean of the others = K/(K-1) (r - mean_g(r))`.
 
   Leave-one-out REINFORCE, https://arxiv.org/abs/2402.14740.
+
+  >>> import jax.numpy as jnp
+  >>> rewards, lengths = jnp.array([1.0, 1.0, 0.0]), jnp.array([20, 10, 5])
+  >>> advantages = rloo(rewards, lengths, jnp.zeros(3, int), num_groups=1)
+  >>> [round(a, 3) for a in advantages.tolist()]
+  [0.5, 0.5, -1.0]
   """
-  rewards, ones, valid = _prepare(rewards, lengths, group_ids, valid, weights="ones")
+  rewards, ones, group_ids, valid = _prepare(
+    rewards, lengths, group_ids, num_groups, valid, alpha=0.0
+  )
   centred = _subtract_baseline(rewards, ones, group_ids, num_groups, leave_one_out=True)
   return jnp.where(valid, centred, 0.0)
 
@@ -104,8 +140,16 @@ def grpo(rewards, lengths, group_ids, *, num_groups, valid=None, epsilon=1e-6):
   """`A = (r - mean_g(r)) / (std_g(r) + epsilon)`, std with K - 1 in the denominator.
 
   GRPO, https://arxiv.org/abs/2402.03300.
+
+  >>> import jax.numpy as jnp
+  >>> rewards, lengths = jnp.array([1.0, 0.0, 0.0, 0.0]), jnp.array([20, 10, 5, 5])
+  >>> advantages = grpo(rewards, lengths, jnp.zeros(4, int), num_groups=1)
+  >>> [round(a, 3) for a in advantages.tolist()]
+  [1.5, -0.5, -0.5, -0.5]
   """
-  rewards, ones, valid = _prepare(rewards, lengths, group_ids, valid, weights="ones")
+  rewards, ones, group_ids, valid = _prepare(
+    rewards, lengths, group_ids, num_groups, valid, alpha=0.0
+  )
   centred = _subtract_baseline(rewards, ones, group_ids, num_groups)
   return _divide_by_std(centred, ones, group_ids, num_groups, valid, epsilon)
 
@@ -114,6 +158,12 @@ def reinforce_pp(rewards, lengths, group_ids, *, num_groups, valid=None, epsilon
   """`A = (r - mean of the batch) / (std of the batch + epsilon)`.
 
   REINFORCE++, https://arxiv.org/abs/2501.03262.
+
+  >>> import jax.numpy as jnp
+  >>> rewards, lengths = jnp.array([1.0, 0.0, 0.0, 0.0]), jnp.array([20, 10, 5, 5])
+  >>> advantages = reinforce_pp(rewards, lengths, jnp.arange(4), num_groups=4)
+  >>> [round(a, 3) for a in advantages.tolist()]
+  [1.5, -0.5, -0.5, -0.5]
   """
   one_group = jnp.zeros_like(group_ids)
   return grpo(rewards, lengths, one_group, num_groups=1, valid=valid, epsilon=epsilon)
@@ -123,18 +173,32 @@ def maxrl(rewards, lengths, group_ids, *, num_groups, valid=None, epsilon=1e-6):
   """`A = (r - mean_g(r)) / (mean_g(r) + epsilon)`, for rewards that are not negative.
 
   MaxRL, https://arxiv.org/abs/2602.02710.
+
+  >>> import jax.numpy as jnp
+  >>> rewards, lengths = jnp.array([1.0, 0.0, 0.0, 0.0]), jnp.array([20, 10, 5, 5])
+  >>> advantages = maxrl(rewards, lengths, jnp.zeros(4, int), num_groups=1)
+  >>> [round(a, 3) for a in advantages.tolist()]
+  [3.0, -1.0, -1.0, -1.0]
   """
-  rewards, ones, valid = _prepare(rewards, lengths, group_ids, valid, weights="ones")
+  rewards, ones, group_ids, valid = _prepare(
+    rewards, lengths, group_ids, num_groups, valid, alpha=0.0
+  )
   centred = _subtract_baseline(rewards, ones, group_ids, num_groups)
   return jnp.where(valid, centred / (rewards - centred + epsilon), 0.0)
 
 
-def opo(rewards, lengths, group_ids, *, num_groups, valid=None):
+def opo(rewards, lengths, group_ids, *, num_groups, valid=None, alpha=0.5):
   """OPO: `A_i = r_i - b_g` with `b_g = sum_j l_j r_j / sum_j l_j`.
 
   The baseline of least gradient variance where a response's squared gradient norm
   grows with its length. `sum_i l_i A_i = 0` in every group.
   https://arxiv.org/abs/2505.23585, equation 8.
+
+  Where the gradient norm grows as `l ** alpha` instead, the weights are
+  `l ** (2 * alpha)`: 0.5 is OPO, 0 the mean of the group. Fit it as the slope of
+  `log ||grad log pi(y)||` on `log l`. A loss that divides each response by its own
+  length (`sequence_mean_token_mean`) divides the gradient too: subtract 1 from alpha,
+  so that OPO's assumption then asks for weights `1 / l`, alpha -0.5.
 
   Args:
     rewards: [N].
@@ -142,37 +206,136 @@ def opo(rewards, lengths, group_ids, *, num_groups, valid=None):
     group_ids: [N] integers in `[0, num_groups)`: which prompt a row answers.
     num_groups: G, static.
     valid: [N] bool, optional.
+    alpha: number or scalar array.
 
   Returns:
     [N] float32; see the module's conventions for empty and single-row groups.
+
+  Raises:
+    ValueError: see `weighted_baseline`.
 
   >>> import jax.numpy as jnp
   >>> rewards, lengths = jnp.array([1.0, 0.0, 0.0]), jnp.array([20, 10, 10])
   >>> opo(rewards, lengths, jnp.zeros(3, int), num_groups=1).tolist()
   [0.5, -0.5, -0.5]
   """
-  rewards, lengths, valid = _prepare(rewards, lengths, group_ids, valid)
-  centred = _subtract_baseline(rewards, lengths, group_ids, num_groups)
+  rewards, weights, group_ids, valid = _prepare(
+    rewards, lengths, group_ids, num_groups, valid, alpha=alpha
+  )
+  centred = _subtract_baseline(rewards, weights, group_ids, num_groups)
   return jnp.where(valid, centred, 0.0)
 
 
-def opo_loo(rewards, lengths, group_ids, *, num_groups, valid=None):
+def opo_loo(rewards, lengths, group_ids, *, num_groups, valid=None, alpha=0.5):
   """OPO without the row itself in its baseline: unbiased.
 
   `A_i = r_i - sum_{j!=i} l_j r_j / sum_{j!=i} l_j`. Plain OPO is
-  `(1 - l_i / sum_j l_j)` times this, so it shrinks long answers more.
+  `(1 - l_i / sum_j l_j)` times this, so it shrinks long answers more. `alpha` as in
+  `opo`; 0 is RLOO.
+
+  >>> import jax.numpy as jnp
+  >>> rewards, lengths = jnp.array([1.0, 1.0, 0.0]), jnp.array([10, 20, 20])
+  >>> advantages = opo_loo(rewards, lengths, jnp.zeros(3, int), num_groups=1)
+  >>> [round(a, 3) for a in advantages.tolist()]
+  [0.5, 0.667, -1.0]
   """
-  rewards, lengths, valid = _prepare(rewards, lengths, group_ids, valid)
+  rewards, weights, group_ids, valid = _prepare(
+    rewards, lengths, group_ids, num_groups, valid, alpha=alpha
+  )
   centred = _subtract_baseline(
-    rewards, lengths, group_ids, num_groups, leave_one_out=True
+    rewards, weights, group_ids, num_groups, leave_one_out=True
   )
   return jnp.where(valid, centred, 0.0)
 
 
-def opo_batch(rewards, lengths, group_ids, *, num_groups, valid=None):
-  """OPO with one baseline over the whole batch (the paper's REINFORCE++ variant)."""
+def opo_batch(rewards, lengths, group_ids, *, num_groups, valid=None, alpha=0.5):
+  """OPO with one baseline over the whole batch (the paper's REINFORCE++ variant).
+
+  `alpha` as in `opo`.
+
+  >>> import jax.numpy as jnp
+  >>> rewards, lengths = jnp.array([1.0, 0.0, 0.0, 0.0]), jnp.array([20, 10, 5, 5])
+  >>> opo_batch(rewards, lengths, jnp.arange(4), num_groups=4).tolist()
+  [0.5, -0.5, -0.5, -0.5]
+  """
   one_group = jnp.zeros_like(group_ids)
-  return opo(rewards, lengths, one_group, num_groups=1, valid=valid)
+  return opo(rewards, lengths, one_group, num_groups=1, valid=valid, alpha=alpha)
+
+
+def optimal_token(
+  rewards: jax.Array,
+  energy: jax.Array,
+  mask: jax.Array,
+  group_ids: jax.Array,
+  *,
+  num_groups: int,
+  valid: jax.Array | None = None,
+) -> jax.Array:
+  """The optimal token baseline: a baseline for every position of a group.
+
+      W_it = sum_{j<=t} w_ij                 the energy that row i has spent by token t
+      B_t  = sum_i W_it r_i / sum_i W_it     over the rows i still alive at t
+      A_it = r_i - B_t
+
+  The reward comes at the end, so the return from any token on is `r_i`. A row is alive
+  up to its last trainable token; while a tool writes (a hole in its mask) it keeps
+  counting with what it has spent so far. `sum_i W_it A_it = 0` over the rows alive at
+  t. With equal energy per token and rows of equal length it is the mean of the group.
+  https://arxiv.org/abs/2602.07078
+
+  The last row alive is compared with itself: its tail gets 0, as a group of one does
+  everywhere here. (verl has an option that gives such a tail the reward itself.)
+
+  Args:
+    rewards: [N], one for the whole response.
+    energy: [N, T] squared norm of each token's score, not negative; `logprobs` gives
+      the logit energy `1 - 2 pi(y) + sum_v pi(v)^2`. Not read where `mask` is False.
+    mask: [N, T] bool, trainable tokens, anywhere in the row.
+    group_ids: [N] integers in `[0, num_groups)`, in any order.
+    num_groups: G, static.
+    valid: [N] bool; rows that are False do not count. Their reward may be NaN.
+
+  Returns:
+    [N, T] float32, for a loss that takes advantages per token; 0 where `mask` is False,
+    in rows that do not count, and at positions where no row alive has spent energy.
+
+  Raises:
+    ValueError: shapes that do not fit, ids that are not integers; in concrete arrays,
+      also an id out of range.
+
+  >>> import jax.numpy as jnp
+  >>> advantages = optimal_token(
+  ...   jnp.array([1.0, 0.0]),
+  ...   jnp.array([[3.0, 1.0, 2.0], [1.0, 3.0, 0.0]]),
+  ...   jnp.array([[True, True, True], [True, True, False]]),
+  ...   jnp.array([0, 0]),
+  ...   num_groups=1,
+  ... )
+  >>> advantages.tolist()  # B_t is 3/4, 4/8, and then the last row's own reward
+  [[0.25, 0.5, 0.0], [-0.75, -0.5, 0.0]]
+  """
+  shapes = {"rewards": rewards, "energy": energy, "mask": mask}
+  shapes = {name: jnp.shape(array) for name, array in shapes.items()}
+  if len(shapes["mask"]) != 2 or shapes["energy"] != shapes["mask"]:
+    raise ValueError(f"Expected energy and mask of one shape [N, T], got {shapes}.")
+  if shapes["rewards"] != shapes["mask"][:1]:
+    raise ValueError(f"Expected rewards [N] for a mask [N, T], got {shapes}.")
+  mask = jnp.asarray(mask, bool)
+  rewards, _, group_ids, counts = _prepare(
+    rewards, mask.sum(-1), group_ids, num_groups, valid
+  )
+  mask &= counts[:, None]
+  # A norm is not negative; one that is computed may be, by rounding.
+  energy = jnp.maximum(jnp.asarray(energy, jnp.float32), 0.0)
+  spent = jnp.cumsum(jnp.where(mask, energy, 0.0), axis=1)
+  alive = jax.lax.cummax(mask.astype(jnp.int32), axis=1, reverse=True) > 0
+  centred = _subtract_baseline(
+    jnp.broadcast_to(rewards[:, None], mask.shape),
+    jnp.where(alive, spent, 0.0),
+    group_ids,
+    num_groups,
+  )
+  return jnp.where(mask, centred, 0.0)
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -194,29 +357,66 @@ ESTIMATORS: dict[str, Estimator] = {
 _ROUNDING = 32 * float(jnp.finfo(jnp.float32).eps)
 
 
-def _prepare(rewards, lengths, group_ids, valid, weights="lengths"):
-  """float32 rewards and weights, zero where a row does not count, and which count."""
-  shapes = {"rewards": rewards, "lengths": lengths, "group_ids": group_ids}
+def _prepare(rewards, weights, group_ids, num_groups, valid, *, alpha=0.5):
+  """float32 rewards, `weights ** (2 alpha)`, int32 ids, and which rows count.
+
+  Rewards and weights are 0 where a row does not count.
+  """
+  arrays = {"rewards": rewards, "lengths": weights, "group_ids": group_ids}
   if valid is not None:
-    shapes["valid"] = valid
-  shapes = {name: jnp.shape(array) for name, array in shapes.items()}
+    arrays["valid"] = valid
+  shapes = {name: jnp.shape(array) for name, array in arrays.items()}
   if len(set(shapes.values())) != 1 or len(shapes["rewards"]) != 1:
     raise ValueError(f"Expected arrays of one shape [N], got {shapes}.")
-  counts = jnp.asarray(lengths) > 0
-  if valid is not None:
-    counts &= jnp.asarray(valid, bool)
-  # `where`, not `* 0`: the reward of an unscorable row may be NaN.
+  if not jnp.issubdtype(jnp.result_type(group_ids), jnp.integer):
+    raise ValueError(
+      f"Expected group_ids of an integer type, got {jnp.result_type(group_ids)}."
+    )
+  valid = jnp.ones(shapes["rewards"], bool) if valid is None else valid
+  _check_values(weights, group_ids, num_groups, valid)
+  group_ids = jnp.asarray(group_ids).astype(jnp.int32)
+  in_range = (group_ids >= 0) & (group_ids < num_groups)
+  weights = jnp.asarray(weights, jnp.float32)
+  counts = jnp.asarray(valid, bool) & in_range & (weights > 0)
+  # `where`, not `* 0`: the reward of an unscorable row may be NaN. And the 1 before the
+  # power keeps its derivative by alpha finite.
   rewards = jnp.where(counts, jnp.asarray(rewards, jnp.float32), 0.0)
-  if weights == "ones":
-    return rewards, counts.astype(jnp.float32), counts
-  return rewards, jnp.where(counts, jnp.asarray(lengths, jnp.float32), 0.0), counts
+  powers = jnp.where(counts, weights, 1.0) ** (2 * alpha)
+  return rewards, jnp.where(counts, powers, 0.0), group_ids, counts
+
+
+def _check_values(weights, group_ids, num_groups, valid):
+  """Refuses what concrete arrays show to be wrong. Inside of `jit` none are."""
+  arrays = weights, group_ids, valid
+  if any(
+    isinstance(array, jax.core.Tracer)
+    or not getattr(array, "is_fully_addressable", True)
+    for array in arrays
+  ):
+    return
+  weights, ids, valid = (np.asarray(array) for array in jax.device_get(arrays))
+  counted = valid.astype(bool) & (weights != 0)
+  outside = counted & ((ids < 0) | (ids >= num_groups))
+  if outside.any():
+    row = outside.argmax()
+    raise ValueError(
+      f"Row {row} has group id {ids[row]}, but num_groups is {num_groups}: ids are in"
+      f" [0, {num_groups})."
+    )
+  wrong = counted & ~(weights > 0)
+  if wrong.any():
+    row = wrong.argmax()
+    raise ValueError(
+      f"Row {row} has length or weight {weights[row]}; it must not be negative or NaN"
+      " (valid=False leaves a row out)."
+    )
 
 
 def _subtract_baseline(rewards, weights, group_ids, num_groups, leave_one_out=False):
-  """`r - b` with b the weighted mean of the group: one segment reduction."""
-  columns = jnp.stack([weights, weights * rewards, weights * jnp.abs(rewards)], -1)
-  sums = jax.ops.segment_sum(columns, group_ids, num_segments=num_groups)
-  total, weighted, magnitude = jnp.moveaxis(sums[group_ids], -1, 0)
+  """`r - b` with b the weighted mean of the group, for [N] or for each column."""
+  total, weighted, magnitude = _group_sums(
+    [weights, weights * rewards, weights * jnp.abs(rewards)], group_ids, num_groups
+  )
   has_weight = total > 0
   total = jnp.where(has_weight, total, 1.0)
   centred = rewards - jnp.where(has_weight, weighted / total, rewards)
@@ -231,8 +431,16 @@ def _subtract_baseline(rewards, weights, group_ids, num_groups, leave_one_out=Fa
 
 
 def _divide_by_std(centred, ones, group_ids, num_groups, valid, epsilon):
-  columns = jnp.stack([ones, jnp.where(valid, centred, 0.0) ** 2], -1)
-  sums = jax.ops.segment_sum(columns, group_ids, num_segments=num_groups)
-  count, squares = jnp.moveaxis(sums[group_ids], -1, 0)
+  # A second reduction: a variance from the sums of the first would be a difference of
+  # two large numbers.
+  count, squares = _group_sums(
+    [ones, jnp.where(valid, centred, 0.0) ** 2], group_ids, num_groups
+  )
   std = jnp.sqrt(squares / jnp.maximum(count - 1.0, 1.0))
   return jnp.where(valid, centred / (std + epsilon), 0.0)
+
+
+def _group_sums(columns, group_ids, num_groups):
+  """For each row the sums over its group: one reduction for all columns."""
+  sums = jax.ops.segment_sum(jnp.stack(columns, -1), group_ids, num_segments=num_groups)
+  return jnp.moveaxis(sums.at[group_ids].get(mode="fill", fill_value=0.0), -1, 0)

@@ -5,7 +5,7 @@ What `train` runs and what can be compiled ahead of time is the same: it is made
 
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ from jax.sharding import Mesh
 
 from opo_jax import sampler, sharding, trainer
 from opo_jax.advantages import ESTIMATORS
-from opo_jax.config import Config
+from opo_jax.config import Config, near_names
+from opo_jax.config import Eval as EvalConfig
+from opo_jax.config import Rollout as RolloutConfig
 from opo_jax.models import ModelConfig, Policy, save
 from opo_jax.models.card import model_card
 from opo_jax.models.config_json import end_tokens, generation_config, read_config
@@ -36,8 +38,11 @@ class Parts:
     like_state: shapes and layout of the RL phase's TrainState.
     start: policy -> TrainState of the RL phase, at step 0.
     start_warm: policy -> TrainState of the warm start.
-    sample: (policy, prompts, samples_per_prompt, temperature, seed, version)
-      -> Rollouts.
+    sample: (policy, prompts, distribution, samples_per_prompt=, seed=, version=)
+      -> Rollouts; `distribution` is `config.rollout` or `config.eval`.
+    stream: (policy, prompt, distribution, seed=) -> the tokens of one response, as they
+      come.
+    sampling_programs: () -> how many programs were compiled for sampling.
     update: the RL update.
     imitate: the warm start's update: maximum likelihood of demonstrations.
     kl_to_start: (start policy, rollouts, rows [n]) -> mean KL on these rows.
@@ -53,6 +58,8 @@ class Parts:
   start: Callable[[Policy], trainer.TrainState]
   start_warm: Callable[[Policy], trainer.TrainState]
   sample: Callable[..., Rollouts]
+  stream: Callable[..., Iterator[list[int]]]
+  sampling_programs: Callable[[], int]
   update: trainer.Update
   imitate: trainer.Update
   kl_to_start: Callable[..., jax.Array]
@@ -116,7 +123,9 @@ def build(config: Config, *, eos_ids: tuple[int, ...], vocab_size: int) -> Parts
     like_state=like_state,
     start=start,
     start_warm=functools.partial(_start, warm_optimizer, mesh),
-    sample=functools.partial(_sample, config),
+    sample=functools.partial(_sample, config.rollout),
+    stream=functools.partial(_stream, config.rollout),
+    sampling_programs=sampler.compiled_programs,
     update=trainer.Update(_algorithm(config), optimizer),
     # A demonstration is a response with reward 1; REINFORCE then is maximum
     # likelihood, and the update needs no second loss.
@@ -167,6 +176,7 @@ def demonstrations(
     prompt_lengths=jnp.array([len(p) for p in prompts], jnp.int32),
     tokens=jnp.asarray(tokens_NT),
     logprobs=jnp.zeros((num, max_new_tokens), jnp.float32),
+    sampling_logprobs=jnp.zeros((num, max_new_tokens), jnp.float32),
     mask=jnp.arange(max_new_tokens) < lengths[:, None],
     lengths=jnp.asarray(lengths),
     prompt_ids=jnp.arange(num, dtype=jnp.int32),
@@ -235,24 +245,18 @@ def _start(optimizer, mesh, policy) -> trainer.TrainState:
 
 
 def _sample(
-  config: Config,
+  rollout: RolloutConfig,
   policy: Policy,
   prompts: Sequence[Sequence[int]],
-  *,
-  samples_per_prompt: int,
-  temperature: float,
-  seed: int,
-  version: int,
+  distribution: RolloutConfig | EvalConfig,
+  **options: Any,
 ) -> Rollouts:
   return sampler.generate(
     policy,
     prompts,
-    samples_per_prompt=samples_per_prompt,
-    max_new_tokens=config.rollout.max_new_tokens,
-    temperature=temperature,
-    seed=seed,
-    slots=config.rollout.slots or None,
-    version=version,
+    slots=rollout.slots or None,
+    **_sampling(rollout, distribution),
+    **options,
   )
 
 
@@ -295,22 +299,54 @@ def _export(
   )
 
 
+def _stream(
+  rollout: RolloutConfig,
+  policy: Policy,
+  prompt: Sequence[int],
+  distribution: RolloutConfig | EvalConfig,
+  *,
+  seed: int,
+) -> Iterator[list[int]]:
+  return sampler.stream(policy, prompt, seed=seed, **_sampling(rollout, distribution))
+
+
+def _sampling(rollout, distribution) -> dict[str, Any]:
+  return {
+    "max_new_tokens": rollout.max_new_tokens,
+    "cache_dtype": rollout.cache_dtype or None,
+    "temperature": distribution.temperature,
+    "top_k": distribution.top_k,
+    "top_p": distribution.top_p,
+    "min_p": distribution.min_p,
+  }
+
+
 def _algorithm(config: Config) -> trainer.Algorithm:
   algorithm = config.algorithm
-  objective = trainer.OBJECTIVES[algorithm.loss]
-  clip = (algorithm.clip_low, algorithm.clip_high)
-  if algorithm.loss == "ppo_clip":
-    objective = functools.partial(objective, clip_low=clip[0], clip_high=clip[1])
+  objective = _choose(trainer.OBJECTIVES, algorithm.loss, "loss")
+  clip = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high}
+  options = {"policy_gradient": {}, "tis": {"cap": algorithm.tis_cap}}
+  options = options.get(algorithm.loss, clip)
+  # An option left at 0 stays as the loss has it.
+  objective = functools.partial(objective, **{k: v for k, v in options.items() if v})
+  rows = config.rollout.prompts_per_step * config.rollout.group_size
+  constant = rows // algorithm.updates_per_batch * config.rollout.max_new_tokens
   return trainer.Algorithm(
-    estimator=ESTIMATORS[algorithm.advantage],
+    estimator=_choose(ESTIMATORS, algorithm.advantage, "advantage"),
     objective=objective,
     aggregation=algorithm.aggregation,
+    normalizer=float(constant) if algorithm.aggregation == "constant" else None,
     updates_per_batch=algorithm.updates_per_batch,
     micro_batches=algorithm.micro_batches,
-    clip=clip,
     require_on_policy=algorithm.updates_per_batch == 1,
     remat=config.model.remat,
   )
+
+
+def _choose(table, name, flag):
+  if name not in table:
+    raise ValueError(f"--algorithm.{flag} has no {name!r}; {near_names(name, table)}")
+  return table[name]
 
 
 def _schedule(config: Config) -> Callable[[Any], Any]:

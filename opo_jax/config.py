@@ -100,10 +100,19 @@ class Rollout:
   max_prompt_tokens: int = 512
   # Longest response, tokens, the end token included. (loop, build)
   max_new_tokens: int = 24
-  # Of sampler and learner alike; above 0. (loop)
+  # Of sampler and learner alike; above 0. (build)
   temperature: float = 1.0
-  # Rows decoded at a time; 0 decodes all together. (build)
+  # Keep the k most probable tokens; 0 keeps all, as on-policy training must. (build)
+  top_k: int = 0
+  # Keep the most probable tokens of this mass; 1 as on-policy training must. (build)
+  top_p: float = 1.0
+  # Keep tokens this times as probable as the first; 0, likewise. (build)
+  min_p: float = 0.0
+  # Responses decoded at a time; 0: as many as the memory holds. (build)
   slots: int = 0
+  # Of stored keys and values; empty: as the activations. Narrower is not quite
+  # on-policy, and onpolicy/logprob_diff_* say by how much. (build)
+  cache_dtype: Literal["", "float32", "bfloat16"] = ""
 
 
 @dataclass(frozen=True)
@@ -122,20 +131,28 @@ class Algorithm:
     "reinforce_pp",
     "maxrl",
   ] = "opo"
-  # Name of the objective. (build)
-  loss: Literal["policy_gradient", "ppo_clip"] = "policy_gradient"
-  # How token losses become one number. (build)
+  # Name of the objective; tis is policy_gradient with truncated importance
+  # sampling. (build)
+  loss: Literal["policy_gradient", "tis", "ppo_clip", "gspo", "cispo"] = (
+    "policy_gradient"
+  )
+  # How token losses become one number; constant divides by the step's rows x
+  # max_new_tokens (Dr. GRPO), gspo's paper has sequence_mean_token_mean. (build)
   aggregation: Literal[
-    "token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean"
+    "token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "constant"
   ] = "token_mean"
   # Optimiser steps per rollout batch; 1 is exact on-policy. (build)
   updates_per_batch: int = 1
   # Parts in which one optimiser step's gradient is accumulated. (build)
   micro_batches: int = 1
-  # ppo_clip: how far the ratio may fall below 1. (build)
-  clip_low: float = 0.2
-  # ppo_clip: how far the ratio may rise above 1. (build)
-  clip_high: float = 0.2
+  # ppo_clip, gspo, cispo: how far the ratio may fall below 1; 0: as far as the loss
+  # has it by default (0.2, 3e-4, 1). (build)
+  clip_low: float = 0.0
+  # ppo_clip, gspo, cispo: how far the ratio may rise above 1; 0: as far as the loss
+  # has it by default (0.2, 4e-4, 4). DAPO: ppo_clip and 0.28. (build)
+  clip_high: float = 0.0
+  # tis: the largest weight of a token; 0: as large as the loss has it, 2. (build)
+  tis_cap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -196,8 +213,14 @@ class Eval:
   problems: int = 128
   # Responses per problem; pass@k is reported for k = 1, 2, 4, 8, 16 up to this. (loop)
   samples: int = 8
-  # Sampling temperature. (loop)
+  # Sampling temperature; 0 is greedy. (build)
   temperature: float = 1.0
+  # Keep the k most probable tokens; 0 keeps all. (build)
+  top_k: int = 0
+  # Keep the most probable tokens of this mass. (build)
+  top_p: float = 1.0
+  # Keep tokens this times as probable as the first. (build)
+  min_p: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -255,9 +278,10 @@ class Config:
       " checkpoint.every checkpoint.keep eval.samples record.print_every",
       0: "seed reward.workers reward.timeout_s reward.max_unscorable_fraction"
       " warm_start.steps warm_start.learning_rate rollout.slots algorithm.clip_low"
-      " algorithm.clip_high optimizer.learning_rate optimizer.warmup_steps"
-      " optimizer.weight_decay optimizer.max_grad_norm eval.every eval.problems"
-      " eval.temperature record.kl_rollouts record.samples",
+      " algorithm.clip_high algorithm.tis_cap optimizer.learning_rate"
+      " optimizer.warmup_steps optimizer.weight_decay optimizer.max_grad_norm"
+      " eval.every eval.problems eval.temperature record.kl_rollouts record.samples"
+      " rollout.top_k rollout.min_p eval.top_k eval.min_p",
     }
     for least, names in at_least.items():
       for name in names.split():
@@ -270,6 +294,21 @@ class Config:
         f"--rollout.temperature is {self.rollout.temperature}; sampling for training"
         " needs one above 0 (1.0 samples the policy itself)."
       )
+    for name, part in (("rollout", self.rollout), ("eval", self.eval)):
+      for setting, low in (("top_p", 0.0), ("min_p", -1.0)):
+        value = getattr(part, setting)
+        if not low < value <= 1:
+          flag = f"--{name}.{setting.replace('_', '-')}"
+          raise ValueError(f"{flag} is {value}; it is a probability, at most 1.")
+    rollout = self.rollout
+    filtered = rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
+    if filtered and self.algorithm.updates_per_batch == 1:
+      raise ValueError(
+        "--rollout.top-k, --rollout.top-p and --rollout.min-p leave tokens out that the"
+        " learner counts, so this is not on-policy training. Leave them at 0, 1 and 0,"
+        " or train off-policy with the ratio to what was sampled from"
+        " (--algorithm.updates-per-batch 2 --algorithm.loss ppo_clip)."
+      )
     if self.reward.verifier == "math" and not self.reward.workers:
       raise ValueError(
         "--reward.workers 0 would verify mathematics without a time limit, and some"
@@ -280,7 +319,7 @@ class Config:
       raise ValueError(
         f"--algorithm.updates-per-batch {updates} leaves the policy that sampled, and"
         " policy_gradient does not correct for it; use --algorithm.loss ppo_clip, or 1"
-        " update for exact on-policy training."
+        " update for exact on-policy training (gspo, cispo and tis correct too)."
       )
     parts = updates * self.algorithm.micro_batches
     rows = self.rollout.prompts_per_step * self.rollout.group_size

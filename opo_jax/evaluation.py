@@ -50,6 +50,10 @@ def bootstrap_interval(
     per_problem: one value for each problem.
     confidence: mass inside.
     resamples: of the set of problems, with replacement.
+
+  >>> low, high = bootstrap_interval([0.0, 0.5, 0.5, 1.0] * 25)
+  >>> low < 0.5 < high, round(high - low, 1)  # 4 x 0.354 / sqrt(100) wide
+  (True, 0.1)
   """
   values = np.asarray(per_problem, np.float64)
   rng = np.random.default_rng(0)
@@ -78,6 +82,17 @@ def evaluate(
     `pass@k`, `pass@k_low`, `pass@k_high` (95 % over problems) for the k of `KS` up to
     n, `response_length`, `truncated_fraction`, `unscorable_fraction`. An unscorable
     sample is left out, and so is a problem with fewer than k scorable ones.
+
+  >>> from types import SimpleNamespace
+  >>> answers = SimpleNamespace(lengths=np.array([3, 5, 4, 4]), finished=np.ones(4))
+  >>> result = evaluate(
+  ...   sample=lambda prompts: answers,
+  ...   verify=lambda rollouts: np.array([1.0, 0.0, 0.0, 0.0]),
+  ...   prompts=[[7, 8], [9]],
+  ...   samples_per_problem=2,
+  ... )
+  >>> result["pass@1"], result["pass@2"], result["response_length"]
+  (0.25, 0.5, 4.0)
   """
   rollouts = sample(prompts)
   rewards = verify(rollouts).reshape(len(prompts), samples_per_problem)

@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -168,6 +168,30 @@ def export(config: Config, directory: pathlib.Path, out: pathlib.Path) -> pathli
   return out
 
 
+def sample_run(config: Config, directory: pathlib.Path, question: str) -> Iterator[str]:
+  """A response of the last checkpoint's policy, as evaluation would sample it.
+
+  Args:
+    config: the run's; `config.eval` says how to sample.
+    directory: of the run.
+    question: put into the chat template, as a problem's.
+
+  Yields:
+    the text, piece by piece as it is sampled.
+  """
+  with Run(config, directory) as run:
+    policy = load_policy(run)
+    (prompt,) = run.encode([Problem(id="prompt", question=question, answer="")])
+    tokens, shown = [], ""
+    for new in run.parts.stream(policy, prompt, config.eval, seed=config.seed):
+      tokens += new
+      text = run.tokenizer.decode(tokens, skip_special_tokens=True)
+      # A character of several tokens may be half there: it comes with the next piece.
+      text = text.rstrip("\ufffd")
+      yield text[len(shown) :]
+      shown = text
+
+
 def load_policy(run: "Run") -> Any:
   """The policy of the run's last checkpoint."""
   return _last_state(run)[0].policy
@@ -262,11 +286,11 @@ class Run:
   # --- the phases of a step -----------------------------------------------------
 
   def sample(self, state, problems, step):
-    rollouts = self.parts.sample(
+    rollouts = self._sampled(
       state.policy,
       self.encode(problems),
+      self.config.rollout,
       samples_per_prompt=self.config.rollout.group_size,
-      temperature=self.config.rollout.temperature,
       seed=self.seed("rollout", step),
       version=int(state.step),
     )
@@ -274,6 +298,15 @@ class Run:
     sizes = np.bincount(np.asarray(rollouts.prompt_ids), minlength=len(problems))
     assert (sizes == self.config.rollout.group_size).all(), sizes
     return jax.block_until_ready(rollouts)
+
+  def _sampled(self, *what, **options):
+    """Rollouts; says so when they needed a new compiled program."""
+    before = self.parts.sampling_programs()
+    rollouts = self.parts.sample(*what, **options)
+    programs = self.parts.sampling_programs()
+    if programs > before:
+      self.terminal.say(f"Compiled {programs} sampling programs so far.")
+    return rollouts
 
   def score(self, rollouts, problems) -> tuple[list[str], np.ndarray]:
     """Texts of the responses and their rewards [N]; NaN is unscorable."""
@@ -349,13 +382,12 @@ class Run:
     settings, timers = self.config.eval, Timers()
 
     def sample(prompts):
-      return self.parts.sample(
+      return self._sampled(
         policy,
         prompts,
+        settings,
         samples_per_prompt=settings.samples,
-        temperature=settings.temperature,
         seed=self.seed("evaluation"),
-        version=-1,
       )
 
     with timers.phase("eval"):

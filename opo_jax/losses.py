@@ -2,15 +2,33 @@
 
 `mask[N, T]` marks the trainable tokens: the end token is one of them, prompt, padding
 and tool tokens are not. Advantages are `[N]` or `[N, T]` and never get a gradient.
-Losses are to be minimised. Arithmetic is float32.
+Losses are to be minimised. Arithmetic is float32, and what stands where `mask` is False
+is not read, NaN included. Every loss gives `(loss, aux)` and takes these options:
 
-The denominator of a loss belongs to the *step*, not to the micro-batch. When a step is
-split, take `step_normalizer(mask, how)` once over all of it and pass it to every part:
-the parts then add up to the loss of the whole, however it was split.
+- `aggregation`: how token losses become one number, see `aggregate`.
+- `normalizer`: the denominator of a loss belongs to the *step*, not to the micro-batch.
+  When a step is split, take `step_normalizer(mask, how)` once over all of it and pass
+  it to every part: the parts then add up to the loss of the whole, however it was
+  split.
+- `segment_ids[N, T]`: which response of its row a token belongs to, 1, 2, ... within
+  the row and 0 for padding, where several are packed into one row. A response is then
+  treated as if it had a row of its own; advantages come as `[N, T]`.
+- `importance_weights`, `[N]` or `[N, T]`: what each token's loss is multiplied with,
+  taken as constants, such as `truncated_importance` gives.
+- `entropy[N, T]`: only measured; `aux["entropy"]` is its mean.
+
+`aux` describes the trainable tokens of this call: `ratio[N, T]` (1 where `mask` is
+False) and `clipped[N, T]` for a part of a step, and as means over the tokens
+`clip_fraction`, `approx_kl` (k3 of the old policy to the new one) and `entropy`.
 """
+
+import difflib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from opo_jax.advantages import ESTIMATORS, Estimator
 
 AGGREGATIONS = (
   "token_mean",
@@ -19,43 +37,70 @@ AGGREGATIONS = (
   "constant",
 )
 
+Aux = dict[str, jax.Array]
 
-def step_normalizer(mask: jax.Array, how: str) -> jax.Array:
-  """What `aggregate` divides by: trainable tokens, or rows that have any.
+
+def step_normalizer(
+  mask: jax.Array, how: str, *, segment_ids: jax.Array | None = None
+) -> jax.Array:
+  """What `aggregate` divides by: trainable tokens, or responses that have any.
 
   Args:
     mask: [N, T] bool of the whole optimiser step, over all micro-batches and hosts.
-    how: `token_mean` counts tokens; `sequence_mean_*` count rows with a token.
+    how: `token_mean` counts tokens; `sequence_mean_*` count responses with a token.
+    segment_ids: [N, T] where rows are packed.
 
   Returns:
     float32 scalar, at least 1.
+
+  Raises:
+    ValueError: an unknown name, or `constant`, whose denominator is the caller's.
+
+  >>> import jax.numpy as jnp
+  >>> mask = jnp.array([[True, True, False], [False, False, False]])
+  >>> float(step_normalizer(mask, "token_mean"))
+  2.0
+  >>> float(step_normalizer(mask, "sequence_mean_token_mean"))  # one row has tokens
+  1.0
   """
+  _check_name("aggregation", how, AGGREGATIONS)
   if how == "constant":
-    raise ValueError("aggregation 'constant' has no normalizer of its own; pass one.")
-  _check_aggregation(how)
-  mask = jnp.asarray(mask, bool)
-  counted = mask if how == "token_mean" else mask.any(-1)
+    raise ValueError(
+      "aggregation 'constant' has no normalizer of its own; pass one, in Dr. GRPO rows"
+      " x longest response."
+    )
+  mask = _trainable(mask, segment_ids)
+  counted = mask if how == "token_mean" else _sequence_sums(mask, segment_ids) > 0
   return jnp.maximum(counted.sum(dtype=jnp.float32), 1.0)
 
 
 def aggregate(
-  values: jax.Array, mask: jax.Array, how: str, *, normalizer: float | None = None
+  values: jax.Array,
+  mask: jax.Array,
+  how: str,
+  *,
+  normalizer: float | jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
 ) -> jax.Array:
   """One scalar from per-token values.
 
-      token_mean                sum of all tokens / number of tokens
-      sequence_mean_token_sum   mean over rows of the row's sum
-      sequence_mean_token_mean  mean over rows of the row's mean (original GRPO)
-      constant                  sum of all tokens / normalizer      (Dr. GRPO)
+      token_mean                sum of all tokens / number of tokens  (DAPO)
+      sequence_mean_token_sum   mean over responses of their sum
+      sequence_mean_token_mean  mean over responses of their mean     (GRPO, GSPO)
+      constant                  sum of all tokens / normalizer        (Dr. GRPO)
 
   Args:
     values: [N, T]. What stands where `mask` is False is not read, NaN included.
     mask: [N, T] bool.
     how: one of `AGGREGATIONS`.
     normalizer: the denominator, where these rows are only a part of the step.
+    segment_ids: [N, T] where rows are packed.
 
   Returns:
     float32 scalar; 0 where the mask is empty.
+
+  Raises:
+    ValueError: an unknown name, shapes that differ, `constant` without a normalizer.
 
   >>> import jax.numpy as jnp
   >>> values = jnp.array([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]])
@@ -65,18 +110,13 @@ def aggregate(
   >>> float(aggregate(values, mask, "sequence_mean_token_mean"))
   4.0
   """
-  _check_aggregation(how)
-  if jnp.shape(values) != jnp.shape(mask):
-    raise ValueError(
-      f"Expected values and mask of one shape [N, T], got {jnp.shape(values)} and"
-      f" {jnp.shape(mask)}."
-    )
-  mask = jnp.asarray(mask, bool)
+  _check_name("aggregation", how, AGGREGATIONS)
+  mask = _trainable(mask, segment_ids, values=values)
+  if normalizer is None:
+    normalizer = step_normalizer(mask, how, segment_ids=segment_ids)
   values = jnp.where(mask, jnp.asarray(values, jnp.float32), 0.0)
   if how == "sequence_mean_token_mean":
-    values = values / jnp.maximum(mask.sum(-1, keepdims=True), 1)
-  if normalizer is None:
-    normalizer = step_normalizer(mask, how)
+    values = values / _sequence_lengths(mask, segment_ids)
   return values.sum() / normalizer
 
 
@@ -86,8 +126,11 @@ def policy_gradient(
   mask: jax.Array,
   *,
   aggregation: str = "token_mean",
-  normalizer: float | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+  normalizer: float | jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  importance_weights: jax.Array | None = None,
+  entropy: jax.Array | None = None,
+) -> tuple[jax.Array, Aux]:
   """REINFORCE: the loss whose gradient is `-A grad log pi`.
 
       loss = aggregate(-A_i log pi(y_t))
@@ -99,16 +142,104 @@ def policy_gradient(
     logprobs: [N, T] of the policy being trained.
     advantages: [N] or [N, T], taken as constants.
     mask: [N, T] bool, trainable tokens.
-    aggregation: one of `AGGREGATIONS`.
-    normalizer: see `aggregate`.
+    aggregation, normalizer, segment_ids, importance_weights, entropy: see the module.
 
   Returns:
-    float32 scalar, and an empty dict.
+    float32 scalar, and a dict with `entropy` where it was given.
+
+  Raises:
+    ValueError: shapes that do not fit, an unknown aggregation.
+
+  >>> import jax.numpy as jnp
+  >>> logprobs, mask = jnp.array([[-1.0, -3.0]]), jnp.array([[True, True]])
+  >>> float(policy_gradient(logprobs, jnp.array([0.5]), mask)[0])
+  1.0
   """
-  # Masked before the product: the gradient behind the mask would be 0 * NaN.
-  advantages = jnp.where(jnp.asarray(mask, bool), _per_token(advantages, logprobs), 0.0)
-  loss = aggregate(-advantages * logprobs, mask, aggregation, normalizer=normalizer)
-  return loss, {}
+  mask = _trainable(mask, segment_ids, logprobs=logprobs, entropy=entropy)
+  advantages = _per_token(advantages, importance_weights, mask)
+  loss = aggregate(
+    -advantages * jnp.asarray(logprobs, jnp.float32),
+    mask,
+    aggregation,
+    normalizer=normalizer,
+    segment_ids=segment_ids,
+  )
+  return loss, _mean_entropy(entropy, mask)
+
+
+def opo_loss(
+  logprobs: jax.Array,
+  rewards: jax.Array,
+  mask: jax.Array,
+  group_ids: jax.Array,
+  *,
+  num_groups: int,
+  estimator: str | Estimator = "opo",
+  aggregation: str = "token_mean",
+  normalizer: float | jax.Array | None = None,
+  valid: jax.Array | None = None,
+  importance_weights: jax.Array | None = None,
+  entropy: jax.Array | None = None,
+) -> tuple[jax.Array, Aux]:
+  """OPO in one call: from log-probs and rewards to the loss.
+
+      loss = aggregate(-(r_i - b_g) log pi(y_t))        b_g = sum l r / sum l
+
+  Lengths are counted from the mask. The baseline is over the rows of *this call*: in
+  micro-batches keep each group whole and pass the step's `normalizer`, and the parts
+  add up exactly. Where groups are cut, or rows packed, take the advantages of the
+  whole step from `advantages.ESTIMATORS` and give them to `policy_gradient`.
+
+  Args:
+    logprobs: [N, T] of the policy being trained, one response in a row.
+    rewards: [N]; may be NaN where `valid` is False.
+    mask: [N, T] bool, trainable tokens.
+    group_ids: [N] integers in `[0, num_groups)`: which prompt a row answers.
+    num_groups: G, static.
+    estimator: a name in `advantages.ESTIMATORS`, or such a function, for example
+      `functools.partial(opo, alpha=0.8)`.
+    valid: [N] bool; False leaves a row out of baseline, loss and normaliser. A
+      `normalizer` of the caller's is taken of `mask & valid[:, None]`.
+    aggregation, normalizer, importance_weights, entropy: see the module.
+
+  Returns:
+    float32 scalar, and a dict with `advantages` [N], and `entropy` where it was given.
+
+  Raises:
+    ValueError: shapes that do not fit, unknown names, and what `advantages` refuses.
+
+  >>> import jax
+  >>> import jax.numpy as jnp
+  >>> logprobs = jnp.full((2, 3), -0.5)
+  >>> mask = jnp.array([[True, True, True], [True, False, False]])
+  >>> rewards, groups = jnp.array([1.0, 0.0]), jnp.array([0, 0])
+  >>> loss = lambda x: opo_loss(x, rewards, mask, groups, num_groups=1)[0]
+  >>> jax.grad(loss)(logprobs).tolist()  # the baseline is 3/4
+  [[-0.0625, -0.0625, -0.0625], [0.1875, -0.0, -0.0]]
+  """
+  if isinstance(estimator, str):
+    _check_name("estimator", estimator, ESTIMATORS)
+    estimator = ESTIMATORS[estimator]
+  mask = _trainable(mask, logprobs=logprobs)
+  if valid is not None:
+    if jnp.shape(valid) != mask.shape[:1]:
+      raise ValueError(
+        f"Expected valid [N] for a mask {mask.shape}, got {jnp.shape(valid)}."
+      )
+    mask &= jnp.asarray(valid, bool)[:, None]
+  advantages = estimator(
+    rewards, mask.sum(-1), group_ids, num_groups=num_groups, valid=valid
+  )
+  loss, aux = policy_gradient(
+    logprobs,
+    advantages,
+    mask,
+    aggregation=aggregation,
+    normalizer=normalizer,
+    importance_weights=importance_weights,
+    entropy=entropy,
+  )
+  return loss, aux | {"advantages": advantages}
 
 
 def ppo_clip(
@@ -120,45 +251,226 @@ def ppo_clip(
   clip_low: float = 0.2,
   clip_high: float = 0.2,
   aggregation: str = "token_mean",
-  normalizer: float | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+  normalizer: float | jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  importance_weights: jax.Array | None = None,
+  entropy: jax.Array | None = None,
+) -> tuple[jax.Array, Aux]:
   """PPO's clipped surrogate, https://arxiv.org/abs/1707.06347, equation 7.
 
       rho  = exp(log pi - log pi_old)
       loss = aggregate(-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A))
 
-  DAPO (https://arxiv.org/abs/2503.14476) is `clip_low=0.2, clip_high=0.28`.
+  GRPO (https://arxiv.org/abs/2402.03300) has `sequence_mean_token_mean`. DAPO
+  (https://arxiv.org/abs/2503.14476) clips higher above than below, which lets rare
+  tokens grow: `clip_low=0.2, clip_high=0.28` and `token_mean`.
 
   Args:
     logprobs: [N, T] of the policy being trained.
-    old_logprobs: [N, T] of the policy that sampled, taken as constants.
+    old_logprobs: [N, T] of the policy before the updates, taken as constants.
     advantages: [N] or [N, T], taken as constants.
     mask: [N, T] bool, trainable tokens.
     clip_low, clip_high: how far the ratio may move below and above 1.
-    aggregation: one of `AGGREGATIONS`.
-    normalizer: see `aggregate`.
+    aggregation, normalizer, segment_ids, importance_weights, entropy: see the module.
 
   Returns:
-    float32 scalar, and `{"ratio": [N, T], "clipped": [N, T] bool}`: `clipped` marks
-    the trainable tokens whose gradient the clip cut off.
+    float32 scalar, and `ratio`, `clipped`, `clip_fraction`, `approx_kl` (and
+    `entropy`): `clipped` marks the tokens whose gradient the clip cut off.
+
+  Raises:
+    ValueError: shapes that do not fit, an unknown aggregation.
+
+  >>> import jax.numpy as jnp
+  >>> old, mask = jnp.array([[-1.0, -2.0]]), jnp.array([[True, True]])
+  >>> new = old + jnp.log(jnp.array([[0.5, 1.5]]))
+  >>> loss, aux = ppo_clip(new, old, jnp.array([1.0]), mask)  # -(0.5 + 1.2) / 2
+  >>> round(float(loss), 4), aux["clipped"].tolist(), float(aux["clip_fraction"])
+  (-0.85, [[False, True]], 0.5)
   """
-  advantages = _per_token(advantages, logprobs)
+  mask = _trainable(mask, segment_ids, logprobs=logprobs, entropy=entropy)
   ratio = importance_ratio(logprobs, old_logprobs, mask)
-  bounded = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-  surrogate = jnp.minimum(ratio * advantages, bounded * advantages)
-  loss = aggregate(-surrogate, mask, aggregation, normalizer=normalizer)
-  clipped = jnp.asarray(mask, bool) & (bounded * advantages < ratio * advantages)
-  return loss, {"ratio": ratio, "clipped": clipped}
+  advantages = _per_token(advantages, importance_weights, mask)
+  surrogate, clipped = _clipped_surrogate(ratio, advantages, clip_low, clip_high)
+  loss = aggregate(
+    -surrogate, mask, aggregation, normalizer=normalizer, segment_ids=segment_ids
+  )
+  return loss, _measure(logprobs, old_logprobs, mask, ratio, clipped, entropy)
+
+
+def gspo(
+  logprobs: jax.Array,
+  old_logprobs: jax.Array,
+  advantages: jax.Array,
+  mask: jax.Array,
+  *,
+  clip_low: float = 3e-4,
+  clip_high: float = 4e-4,
+  aggregation: str = "sequence_mean_token_mean",
+  normalizer: float | jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  importance_weights: jax.Array | None = None,
+  entropy: jax.Array | None = None,
+) -> tuple[jax.Array, Aux]:
+  """GSPO: one ratio for a whole response, https://arxiv.org/abs/2507.18071, equation 5.
+
+      s_i  = (pi(y_i) / pi_old(y_i)) ^ (1 / l_i) = exp(mean_t log-ratio_t)
+      loss = aggregate(-min(s_i A, clip(s_i, 1 - clip_low, 1 + clip_high) A))
+
+  Every token carries its response's value, so `sequence_mean_token_mean` is the paper's
+  mean over responses; the other aggregations weigh responses by their length. The
+  gradient goes through the tokens (the paper's GSPO-token): the same for an advantage
+  per response, and credit where it belongs for one per token.
+
+  Args:
+    logprobs: [N, T] of the policy being trained.
+    old_logprobs: [N, T] of the policy before the updates, taken as constants.
+    advantages: [N] or [N, T], taken as constants.
+    mask: [N, T] bool, trainable tokens: the l_i of the ratio are counted from it.
+    clip_low, clip_high: how far the ratio of a response may move below and above 1; a
+      mean over tokens moves far less than a token, hence the paper's small defaults.
+    aggregation, normalizer, segment_ids, importance_weights, entropy: see the module.
+
+  Returns:
+    float32 scalar, and a dict as `ppo_clip` gives: `ratio` is the response's at each of
+    its tokens.
+
+  Raises:
+    ValueError: shapes that do not fit, an unknown aggregation.
+
+  >>> import jax.numpy as jnp
+  >>> old, mask = jnp.array([[-1.0, -2.0]]), jnp.array([[True, True]])
+  >>> new = old + jnp.log(jnp.array([[4.0, 0.25]]))  # ratios whose product is 1
+  >>> loss, aux = gspo(new, old, jnp.array([1.0]), mask)
+  >>> float(loss), aux["ratio"].tolist()
+  (-1.0, [[1.0, 1.0]])
+  """
+  mask = _trainable(mask, segment_ids, logprobs=logprobs, entropy=entropy)
+  log_ratio = _log_ratio(logprobs, old_logprobs, mask)
+  total = _to_tokens(_sequence_sums(log_ratio, segment_ids), segment_ids)
+  mean = total / _sequence_lengths(mask, segment_ids)
+  # The value of the response, the gradient of the token.
+  ratio = jnp.exp(jax.lax.stop_gradient(mean - log_ratio) + log_ratio)
+  ratio = jnp.where(mask, ratio, 1.0)
+  advantages = _per_token(advantages, importance_weights, mask)
+  surrogate, clipped = _clipped_surrogate(ratio, advantages, clip_low, clip_high)
+  loss = aggregate(
+    -surrogate, mask, aggregation, normalizer=normalizer, segment_ids=segment_ids
+  )
+  return loss, _measure(logprobs, old_logprobs, mask, ratio, clipped, entropy)
+
+
+def cispo(
+  logprobs: jax.Array,
+  old_logprobs: jax.Array,
+  advantages: jax.Array,
+  mask: jax.Array,
+  *,
+  clip_low: float = 1.0,
+  clip_high: float = 4.0,
+  aggregation: str = "token_mean",
+  normalizer: float | jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  importance_weights: jax.Array | None = None,
+  entropy: jax.Array | None = None,
+) -> tuple[jax.Array, Aux]:
+  """CISPO: REINFORCE with a bounded ratio, https://arxiv.org/abs/2506.13585.
+
+      loss = aggregate(-sg(clip(rho, 1 - clip_low, 1 + clip_high)) A log pi)
+
+  The clip bounds the weight of a token and cuts no token's gradient off. The paper
+  bounds only above (`clip_low=1.0` is no bound below) and names no value; the default
+  of at most 5 is what ScaleRL (https://arxiv.org/abs/2510.13786) and TRL recommend.
+  With `clip_low=1.0` this is `policy_gradient` with `truncated_importance` of cap
+  `1 + clip_high`.
+
+  Args:
+    logprobs: [N, T] of the policy being trained.
+    old_logprobs: [N, T] of the policy before the updates, taken as constants.
+    advantages: [N] or [N, T], taken as constants.
+    mask: [N, T] bool, trainable tokens.
+    clip_low, clip_high: how far the weight may lie below and above 1.
+    aggregation, normalizer, segment_ids, importance_weights, entropy: see the module.
+
+  Returns:
+    float32 scalar, and a dict as `ppo_clip` gives: `clipped` marks the tokens whose
+    ratio was out of bounds.
+
+  Raises:
+    ValueError: shapes that do not fit, an unknown aggregation.
+
+  >>> import jax.numpy as jnp
+  >>> old, mask = jnp.array([[-1.0, -4.0]]), jnp.array([[True, True]])
+  >>> new = old + jnp.log(jnp.array([[1.0, 8.0]]))
+  >>> loss, aux = cispo(new, old, jnp.array([1.0]), mask)
+  >>> aux["clipped"].tolist(), round(float(loss), 3)  # (1 * 1 + 5 * (4 - log 8)) / 2
+  ([[False, True]], 5.301)
+  """
+  mask = _trainable(mask, segment_ids, logprobs=logprobs, entropy=entropy)
+  ratio = importance_ratio(logprobs, old_logprobs, mask)
+  weight = jax.lax.stop_gradient(jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high))
+  advantages = _per_token(advantages, importance_weights, mask)
+  loss = aggregate(
+    -weight * advantages * jnp.asarray(logprobs, jnp.float32),
+    mask,
+    aggregation,
+    normalizer=normalizer,
+    segment_ids=segment_ids,
+  )
+  clipped = weight != jax.lax.stop_gradient(ratio)
+  return loss, _measure(logprobs, old_logprobs, mask, ratio, clipped, entropy)
 
 
 def importance_ratio(
   logprobs: jax.Array, old_logprobs: jax.Array, mask: jax.Array
 ) -> jax.Array:
-  """`pi / pi_old` per token, [N, T] float32; 1 where `mask` is False."""
-  difference = jnp.asarray(logprobs, jnp.float32) - jax.lax.stop_gradient(
-    jnp.asarray(old_logprobs, jnp.float32)
-  )
-  return jnp.exp(jnp.where(jnp.asarray(mask, bool), difference, 0.0))
+  """`pi / pi_old` per token, [N, T] float32; 1 where `mask` is False.
+
+  Bounded to [exp(-20), exp(20)], beyond which float32 would soon give infinity, and a
+  finite loss a NaN gradient.
+
+  >>> import jax.numpy as jnp
+  >>> new, old = jnp.log(jnp.array([[0.5, 0.9]])), jnp.log(jnp.array([[0.25, 0.1]]))
+  >>> importance_ratio(new, old, jnp.array([[True, False]])).tolist()
+  [[2.0, 1.0]]
+  """
+  return jnp.exp(_log_ratio(logprobs, old_logprobs, mask))
+
+
+def truncated_importance(
+  logprobs: jax.Array,
+  sampling_logprobs: jax.Array,
+  mask: jax.Array,
+  *,
+  cap: float = 2.0,
+) -> jax.Array:
+  """Truncated importance sampling: corrects for a sampler that is not the learner.
+
+      w = min(pi_learner / pi_sampler, cap)
+
+  Given to a loss as `importance_weights`. In `ppo_clip`, `gspo` and `cispo` the ratio
+  is to the learner's own `old_logprobs`, and so are these: (old_logprobs,
+  sampling_logprobs). Where `old_logprobs` are the sampler's, the ratio corrects already
+  and must not be counted twice. https://fengyao.notion.site/off-policy-rl
+
+  Args:
+    logprobs: [N, T] of the learner, taken as constants.
+    sampling_logprobs: [N, T] as the sampler drew the tokens.
+    mask: [N, T] bool, trainable tokens.
+    cap: the largest weight.
+
+  Returns:
+    [N, T] float32 without a gradient; 1 where `mask` is False.
+
+  Raises:
+    ValueError: shapes that differ.
+
+  >>> import jax.numpy as jnp
+  >>> learner, sampler = jnp.array([[-1.0, -1.0]]), jnp.array([[-1.0, -3.0]])
+  >>> truncated_importance(learner, sampler, jnp.array([[True, True]])).tolist()
+  [[1.0, 2.0]]
+  """
+  ratio = jax.lax.stop_gradient(importance_ratio(logprobs, sampling_logprobs, mask))
+  return jnp.where(jnp.asarray(mask, bool), jnp.minimum(ratio, cap), 1.0)
 
 
 def kl(
@@ -182,32 +494,138 @@ def kl(
 
   Returns:
     [N, T] float32; 0 where `mask` is False.
+
+  Raises:
+    ValueError: an unknown estimator, shapes that differ.
+
+  >>> import jax.numpy as jnp
+  >>> new, start = jnp.array([[-1.0, -9.0]]), jnp.array([[-1.5, -1.0]])
+  >>> kl(new, start, jnp.array([[True, False]]), estimator="k1").tolist()
+  [[0.5, 0.0]]
   """
-  if estimator not in ("k1", "k2", "k3"):
-    raise ValueError(f"Unknown KL estimator {estimator!r}; there are k1, k2, k3.")
+  _check_name("KL estimator", estimator, ("k1", "k2", "k3"))
+  mask = _trainable(mask, logprobs=logprobs, reference_logprobs=reference_logprobs)
   k1 = jnp.asarray(logprobs, jnp.float32) - jnp.asarray(reference_logprobs, jnp.float32)
-  k1 = jnp.where(jnp.asarray(mask, bool), k1, 0.0)
+  k1 = jnp.where(mask, k1, 0.0)
   if estimator == "k1":
     return k1
   return 0.5 * k1**2 if estimator == "k2" else jnp.expm1(-k1) + k1
 
 
-def _per_token(advantages, logprobs):
-  """Advantages as float32 constants that broadcast over the tokens."""
-  advantages = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
-  rows = jnp.shape(logprobs)[:1]
-  if advantages.shape == rows and jnp.ndim(logprobs) == 2:
-    return advantages[:, None]
-  if advantages.shape == jnp.shape(logprobs):
-    return advantages
-  raise ValueError(
-    f"Expected advantages [N] or [N, T] for log-probs {jnp.shape(logprobs)}, got"
-    f" {advantages.shape}."
+# exp(20) = 5e8. No token that was sampled is this far off but by a mistake.
+_MAX_LOG_RATIO = 20.0
+
+
+def _log_ratio(logprobs, old_logprobs, mask):
+  """[N, T] float32, 0 where `mask` is False, gradient by `logprobs` alone."""
+  mask = _trainable(mask, logprobs=logprobs, old_logprobs=old_logprobs)
+  difference = jnp.asarray(logprobs, jnp.float32) - jax.lax.stop_gradient(
+    jnp.asarray(old_logprobs, jnp.float32)
+  )
+  difference = jnp.where(mask, difference, 0.0)
+  return jnp.clip(difference, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+
+
+def _clipped_surrogate(ratio, advantages, clip_low, clip_high):
+  """min(rho A, clip(rho) A), and where the clip is what the minimum takes."""
+  free = ratio * advantages
+  bounded = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages
+  return jnp.minimum(free, bounded), bounded < free
+
+
+def _measure(logprobs, old_logprobs, mask, ratio, clipped, entropy):
+  measured = {"ratio": ratio, "clipped": clipped}
+  measured["clip_fraction"] = aggregate(clipped, mask, "token_mean")
+  measured["approx_kl"] = aggregate(
+    kl(old_logprobs, logprobs, mask), mask, "token_mean"
+  )
+  return jax.lax.stop_gradient(measured) | _mean_entropy(entropy, mask)
+
+
+def _mean_entropy(entropy, mask):
+  if entropy is None:
+    return {}
+  return {"entropy": jax.lax.stop_gradient(aggregate(entropy, mask, "token_mean"))}
+
+
+def _sequence_sums(values, segment_ids):
+  """Sums over each response: [N, 1], or [N, T + 1] by segment id."""
+  values = jnp.asarray(values, jnp.float32)
+  if segment_ids is None:
+    return values.sum(-1, keepdims=True)
+  # A segment has a token at least, so that 1, 2, ... never go beyond T.
+  num_segments = values.shape[1] + 1
+  return jax.vmap(lambda v, i: jax.ops.segment_sum(v, i, num_segments))(
+    values, segment_ids
   )
 
 
-def _check_aggregation(how):
-  if how not in AGGREGATIONS:
+def _to_tokens(sums, segment_ids):
+  """`_sequence_sums` back at each token: an array that broadcasts to [N, T]."""
+  if segment_ids is None:
+    return sums
+  return jnp.take_along_axis(sums, segment_ids, axis=1, mode="clip")
+
+
+def _sequence_lengths(mask, segment_ids):
+  """Trainable tokens of each token's response, at least 1."""
+  return jnp.maximum(_to_tokens(_sequence_sums(mask, segment_ids), segment_ids), 1.0)
+
+
+def _trainable(mask, segment_ids=None, **arrays):
+  """The mask as bool, padding left out; all arrays have its shape [N, T]."""
+  arrays = {"mask": mask, "segment_ids": segment_ids, **arrays}
+  shapes = {name: jnp.shape(a) for name, a in arrays.items() if a is not None}
+  if len(set(shapes.values())) != 1 or len(shapes["mask"]) != 2:
+    raise ValueError(f"Expected arrays of one shape [N, T], got {shapes}.")
+  mask = jnp.asarray(mask, bool)
+  if segment_ids is None:
+    return mask
+  if not jnp.issubdtype(jnp.result_type(segment_ids), jnp.integer):
     raise ValueError(
-      f"Unknown aggregation {how!r}; there are {', '.join(AGGREGATIONS)}."
+      f"Expected segment_ids of an integer type, got {jnp.result_type(segment_ids)}."
     )
+  _check_segments(segment_ids)
+  return mask & (segment_ids > 0) & (segment_ids <= mask.shape[1])
+
+
+def _check_segments(segment_ids):
+  """Refuses ids out of range where they can be seen: not inside of `jit`."""
+  if isinstance(segment_ids, jax.core.Tracer) or not getattr(
+    segment_ids, "is_fully_addressable", True
+  ):
+    return
+  ids = np.asarray(jax.device_get(segment_ids))
+  if ids.size and (ids.min() < 0 or ids.max() > ids.shape[1]):
+    raise ValueError(
+      f"segment_ids of rows of {ids.shape[1]} tokens lie in [{ids.min()}, {ids.max()}];"
+      " number the segments of each row 1, 2, ... and padding 0."
+    )
+
+
+def _per_token(advantages, importance_weights, mask):
+  """Advantages x weights as float32 constants [N, T], 0 where `mask` is False."""
+  product = _broadcast("advantages", advantages, mask)
+  if importance_weights is not None:
+    product *= _broadcast("importance_weights", importance_weights, mask)
+  # Masked before they meet a log-prob: the gradient there would be 0 * NaN.
+  return jax.lax.stop_gradient(jnp.where(mask, product, 0.0))
+
+
+def _broadcast(name, values, mask):
+  """[N] or [N, T] -> float32 that broadcasts to [N, T]."""
+  values = jnp.asarray(values, jnp.float32)
+  if values.shape == mask.shape[:1]:
+    return values[:, None]
+  if values.shape == mask.shape:
+    return values
+  raise ValueError(
+    f"Expected {name} [N] or [N, T] for log-probs {mask.shape}, got {values.shape}."
+  )
+
+
+def _check_name(kind, name, names):
+  if name not in names:
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {near[0]}? There" if near else "there"
+    raise ValueError(f"Unknown {kind} {name!r}; {hint} are {', '.join(names)}.")

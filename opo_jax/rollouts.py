@@ -20,26 +20,32 @@ class Rollouts:
     prompts: [G, P] int32, right-aligned: column P - 1 is a prompt's last token.
     prompt_lengths: [G] int32.
     tokens: [N, T] int32 responses, left-aligned, the end token included.
-    logprobs: [N, T] float32, of the distribution that was sampled from (after
-      temperature). 0 where `mask` is False.
+    logprobs: [N, T] float32, of the policy at `temperature`, which is what the learner
+      computes again. 0 where `mask` is False.
+    sampling_logprobs: [N, T] float32, of the distribution that was drawn from: after
+      top-k, top-p and min-p, too. The same as `logprobs` unless `filtered`.
     mask: [N, T] bool: this token was drawn from the policy.
     lengths: [N] int32, the drawn tokens of a row.
     prompt_ids: [N] int32, the prompt a row answers: its group.
     finished: [N] bool: the row ended by an end token, not by the length limit.
     temperature: float32 scalar, the sampler's; the learner divides by the same.
     version: int32 scalar, the policy version that sampled (-1: none, demonstrations).
+    filtered: whether greedy choice or a filter left tokens out. Such rollouts are no
+      samples of the policy.
   """
 
   prompts: jax.Array
   prompt_lengths: jax.Array
   tokens: jax.Array
   logprobs: jax.Array
+  sampling_logprobs: jax.Array
   mask: jax.Array
   lengths: jax.Array
   prompt_ids: jax.Array
   finished: jax.Array
   temperature: jax.Array
   version: jax.Array
+  filtered: bool = dataclasses.field(default=False, metadata={"static": True})
 
   @property
   def num_groups(self) -> int:
@@ -88,7 +94,8 @@ def rows(rollouts: Rollouts) -> Rows:
 
 def select(rollouts: Rollouts, indices: jax.Array) -> Rollouts:
   """The rows `indices` [n], with all prompts, so that group ids keep their meaning."""
-  per_row = ("tokens", "logprobs", "mask", "lengths", "prompt_ids", "finished")
+  per_row = ("tokens", "logprobs", "sampling_logprobs", "mask", "lengths")
+  per_row += ("prompt_ids", "finished")
   return dataclasses.replace(
     rollouts, **{name: getattr(rollouts, name)[indices] for name in per_row}
   )

@@ -1,22 +1,23 @@
-"""Sampling: each prompt is prefilled once, its responses are decoded together.
+"""Sampling: prompts in, `Rollouts` out.
 
-The decode loop is one jitted `while_loop` that ends when every row has ended. The
-random key of a token is derived from (seed, prompt index, sample index, position) and
-from nothing else, so a rollout does not depend on the batch it was sampled in.
+`generate` is the host's side: it checks, lays prompts and queue out over the mesh, and
+calls the programs of `decoding` until nothing is left to sample. It reads three numbers
+whenever the device's loop stops, which is a dozen times in a batch, not once a token.
+
+The random key of a token is derived from (seed, prompt index, sample index, position)
+and from nothing else, so a rollout depends neither on the number of slots and devices
+nor on its neighbours.
 """
 
-import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opo_jax import sharding
-from opo_jax.models.attention import Keys
+from opo_jax import decoding, distribution, sharding
 from opo_jax.models.transformer import Policy
-from opo_jax.rollouts import Rollouts, prompt_columns
+from opo_jax.rollouts import Rollouts
 
 
 def generate(
@@ -24,13 +25,16 @@ def generate(
   prompts: Sequence[Sequence[int]],
   *,
   samples_per_prompt: int = 1,
-  max_new_tokens: int,
+  max_new_tokens: int | Sequence[int],
   temperature: float = 1.0,
   top_k: int = 0,
   top_p: float = 1.0,
+  min_p: float = 0.0,
   eos_ids: Sequence[int] | None = None,
-  seed: int = 0,
+  stop: Sequence[Sequence[int]] = (),
+  seed: int | Sequence[int] = 0,
   slots: int | None = None,
+  cache_dtype: str | None = None,
   version: int = -1,
 ) -> Rollouts:
   """Samples responses.
@@ -40,16 +44,21 @@ def generate(
     prompts: token ids of each prompt, lengths may differ.
     samples_per_prompt: responses to each, row `g * samples_per_prompt + s` is sample s
       of prompt g.
-    max_new_tokens: T, the longest response.
-    temperature: divides the logits; 0 is greedy, and then the recorded log-probs are
-      those of the policy at temperature 1.
+    max_new_tokens: T, the longest response; or a limit for each of the rows.
+    temperature: divides the logits; 0 is greedy, and then `logprobs` are those of the
+      policy at temperature 1.
     top_k: keep the k most probable tokens; 0 keeps all.
-    top_p: keep the smallest set of most probable tokens that has this mass.
+    top_p: of these, keep the smallest set of most probable tokens with this mass.
+    min_p: of these, keep the tokens at least this times as probable as the first.
     eos_ids: tokens that end a response; None takes the policy's own, `()` none. The
       first one sampled belongs to the response.
-    seed: of all random keys.
-    slots: rows decoded at a time, in whole groups that fill the mesh (so possibly more
-      than asked for); None decodes all.
+    stop: sequences of tokens that end a response, and belong to it.
+    seed: of all random keys; or a seed for each of the rows, which then depends on
+      nothing else and can be sampled again alone.
+    slots: responses decoded at a time, rounded up to fill the mesh; None takes as many
+      as the memory holds.
+    cache_dtype: of stored keys and values; None is the policy's. A narrower one samples
+      from another distribution than the learner sees.
     version: of the policy, kept in the rollouts.
 
   Returns:
@@ -58,217 +67,61 @@ def generate(
   Raises:
     ValueError: an empty prompt or list of prompts, a setting out of its range.
   """
-  _check(policy, prompts, samples_per_prompt, max_new_tokens, temperature, top_k, top_p)
-  lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-  width = bucket(lengths.max())
-  tokens = np.zeros((len(prompts), width), np.int32)
-  for row, prompt in zip(tokens, prompts, strict=True):
-    row[width - len(prompt) :] = prompt
-
-  wave = len(prompts)
-  if slots is not None:
-    wave = min(wave, max(1, slots // samples_per_prompt))
-  shards = sharding.batch_shards(policy.mesh)
-  wave = -(-wave // shards) * shards  # the rows of a wave fill the mesh
-  settings = _Settings(
+  sampling = _Sampling(
+    policy,
+    prompts,
     samples_per_prompt=samples_per_prompt,
     max_new_tokens=max_new_tokens,
-    eos_ids=tuple(policy.eos_ids if eos_ids is None else eos_ids),
-    greedy=temperature == 0.0,
+    temperature=temperature,
     top_k=top_k,
     top_p=top_p,
+    min_p=min_p,
+    eos_ids=eos_ids,
+    stop=stop,
+    seed=seed,
+    slots=slots,
+    cache_dtype=cache_dtype,
   )
-  waves = []
-  for start in range(0, len(prompts), wave):
-    # The last wave is filled up with its first prompt and cut back: one shape.
-    index = np.arange(start, start + wave)
-    real = index < len(prompts)
-    index = np.where(real, index, start)
-    drawn = _sample(
-      policy,
-      sharding.put(tokens[index], policy.mesh),
-      sharding.put(lengths[index], policy.mesh),
-      sharding.put(index, policy.mesh),
-      jax.random.key(seed),
-      jnp.float32(temperature if temperature else 1.0),
-      settings,
-    )
-    rows = slice(0, int(real.sum()) * samples_per_prompt)
-    waves.append(drawn if real.all() else jax.tree.map(lambda x: x[rows], drawn))  # noqa: B023
-  drawn = waves[0]
-  if len(waves) > 1:
-    drawn = jax.tree.map(lambda *parts: jnp.concatenate(parts), *waves)
-  return Rollouts(
-    prompts=jnp.asarray(tokens),
-    prompt_lengths=jnp.asarray(lengths),
-    tokens=drawn.tokens,
-    logprobs=drawn.logprobs,
-    mask=drawn.mask,
-    lengths=drawn.mask.sum(-1, dtype=jnp.int32),
-    prompt_ids=jnp.repeat(
-      jnp.arange(len(prompts), dtype=jnp.int32), samples_per_prompt
-    ),
-    finished=drawn.finished,
-    temperature=jnp.float32(temperature if temperature else 1.0),
-    version=jnp.int32(version),
-  )
+  while sampling.advance():
+    pass
+  return sampling.rollouts(version)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-  """What is compiled into a sampling program."""
-
-  samples_per_prompt: int
-  max_new_tokens: int
-  eos_ids: tuple[int, ...]
-  greedy: bool
-  top_k: int
-  top_p: float
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Drawn:
-  """What has been sampled so far; the fields are those of Rollouts."""
-
-  tokens: jax.Array  # [N, T]
-  logprobs: jax.Array  # [N, T]
-  mask: jax.Array  # [N, T]
-  finished: jax.Array  # [N]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Decoding:
-  """The state of the decode loop."""
-
-  t: jax.Array  # the response position that comes next
-  hidden: jax.Array  # [N, D], predicts the token at position t
-  keys: jax.Array  # [L, N, T, K, E] of the responses
-  values: jax.Array
-  drawn: _Drawn
-
-
-@functools.partial(jax.jit, static_argnames="settings")
-def _sample(
+def stream(
   policy: Policy,
-  prompts_GP: jax.Array,
-  prompt_lengths_G: jax.Array,
-  prompt_index_G: jax.Array,
-  key: jax.Array,
-  temperature: jax.Array,
-  settings: _Settings,
-) -> _Drawn:
-  config, mesh = policy.config, policy.mesh
-  P, T = prompts_GP.shape[1], settings.max_new_tokens
-  samples = settings.samples_per_prompt
-  N = prompts_GP.shape[0] * samples
+  prompt: Sequence[int],
+  *,
+  every: int = 8,
+  **options,
+) -> Iterator[list[int]]:
+  """Samples one response and gives its tokens as they come, for a person to read.
 
-  with jax.named_scope("prefill"):
-    positions_GP, segment_ids_GP = prompt_columns(prompt_lengths_G, P)
-    hidden_GPD, (prompt_keys, prompt_values) = policy.hidden(
-      prompts_GP, positions_GP, segment_ids_GP
-    )
-  prompt_mask_G1P = (segment_ids_GP > 0)[:, None]
-  row_keys_N = _row_keys(key, prompt_index_G, samples)
-  eos_ids = jnp.array(settings.eos_ids, jnp.int32)
-  first_position_N = jnp.repeat(prompt_lengths_G, samples)
-  response_positions_NT = first_position_N[:, None] + jnp.arange(T)
+  Args:
+    policy: what to sample from.
+    prompt: token ids.
+    every: tokens between two looks.
+    options: those of `generate`.
 
-  def rows(shape, dtype, axes=("batch",)):
-    empty = jnp.zeros(shape, dtype)
-    return sharding.constrain(empty, mesh, *axes, *(None,) * (len(shape) - len(axes)))
-
-  cache_shape = (config.num_layers, N, T, config.num_kv_heads, config.head_dim)
-  start = _Decoding(
-    t=jnp.int32(0),
-    hidden=jnp.repeat(hidden_GPD[:, -1], samples, axis=0),
-    keys=rows(cache_shape, policy.dtype, (None, "batch")),
-    values=rows(cache_shape, policy.dtype, (None, "batch")),
-    drawn=_Drawn(
-      tokens=rows((N, T), jnp.int32),
-      logprobs=rows((N, T), jnp.float32),
-      mask=rows((N, T), bool),
-      finished=rows((N,), bool),
-    ),
-  )
-
-  def unfinished(state: _Decoding):
-    return (state.t < T) & ~state.drawn.finished.all()
-
-  def decode(state: _Decoding) -> _Decoding:
-    t, drawn = state.t, state.drawn
-    token_keys_N = jax.vmap(jax.random.fold_in, (0, None))(row_keys_N, t)
-    token_N, logprob_N = _draw(
-      policy.project(state.hidden), token_keys_N, temperature, settings
-    )
-    alive_N = ~drawn.finished
-    token_N = jnp.where(alive_N, token_N, 0)
-    drawn = _Drawn(
-      tokens=drawn.tokens.at[:, t].set(token_N),
-      logprobs=drawn.logprobs.at[:, t].set(jnp.where(alive_N, logprob_N, 0.0)),
-      mask=drawn.mask.at[:, t].set(alive_N),
-      finished=drawn.finished | (token_N[:, None] == eos_ids).any(-1) & alive_N,
-    )
-    # The scan over layers reads the cache and returns the new column alone, which is
-    # then written in place: the cache is never copied.
-    earlier_1T = jnp.broadcast_to(jnp.arange(T) < t, (N, 1, T))
-    hidden_N1D, (key, value) = policy.hidden(
-      token_N[:, None],
-      (first_position_N + t)[:, None],
-      cache=(
-        Keys(prompt_keys, prompt_values, prompt_mask_G1P, positions_GP),
-        Keys(state.keys, state.values, earlier_1T, response_positions_NT),
-      ),
-    )
-    column = (0, 0, t, 0, 0)
-    return _Decoding(
-      t=t + 1,
-      hidden=hidden_N1D[:, 0],
-      keys=jax.lax.dynamic_update_slice(state.keys, key, column),
-      values=jax.lax.dynamic_update_slice(state.values, value, column),
-      drawn=drawn,
-    )
-
-  with jax.named_scope("decode"):
-    return jax.lax.while_loop(unfinished, decode, start).drawn
+  Yields:
+    the new tokens; together the response of `generate` with the same options.
+  """
+  sampling = _Sampling(policy, [prompt], **options)
+  shown, busy = 0, True
+  while busy:
+    busy = sampling.advance(every)
+    rollouts = sampling.rollouts(version=-1)
+    length = int(rollouts.lengths[0])
+    yield np.asarray(rollouts.tokens)[0, shown:length].tolist()
+    shown = length
 
 
-def _row_keys(key, prompt_index_G, samples):
-  """One key a row, of (seed, prompt index, sample index)."""
-  fold = jax.vmap(jax.random.fold_in, (None, 0))
-  per_prompt = fold(key, prompt_index_G)
-  per_row = jax.vmap(fold, (0, None))(per_prompt, jnp.arange(samples))
-  return per_row.reshape(-1)
+def compiled_programs() -> int:
+  """How many programs this process has compiled for sampling: a few, for a whole run.
 
-
-def _draw(logits_NV, keys_N, temperature, settings):
-  """A token and its log-prob under the distribution it was drawn from."""
-  logprobs_NV = jax.nn.log_softmax(logits_NV / temperature)
-  if settings.greedy:
-    token_N = logits_NV.argmax(-1)
-  else:
-    if settings.top_k or settings.top_p < 1.0:
-      logprobs_NV = _truncate(logprobs_NV, settings.top_k, settings.top_p)
-    V = logits_NV.shape[1]
-    noise_NV = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys_N)
-    token_N = (logprobs_NV + noise_NV).argmax(-1)
-  logprob_N = jnp.take_along_axis(logprobs_NV, token_N[:, None], axis=1)[:, 0]
-  return token_N.astype(jnp.int32), logprob_N
-
-
-def _truncate(logprobs_NV, top_k, top_p):
-  """Log-probs of the distribution that top-k, then top-p leave over."""
-  # One sort and one threshold, taken from the very values it is compared with.
-  sorted_NV = jnp.sort(logprobs_NV, axis=-1, descending=True)
-  kept_NV = jnp.arange(sorted_NV.shape[1]) < (top_k or sorted_NV.shape[1])
-  if top_p < 1.0:
-    # A token is kept while the mass before it is below top_p: the first always is.
-    probs_NV = jax.nn.softmax(jnp.where(kept_NV, sorted_NV, -jnp.inf))
-    kept_NV &= jnp.cumsum(probs_NV, axis=-1) - probs_NV < top_p
-  threshold_N1 = jnp.where(kept_NV, sorted_NV, jnp.inf).min(-1, keepdims=True)
-  kept_logprobs_NV = jnp.where(logprobs_NV >= threshold_N1, logprobs_NV, -jnp.inf)
-  return jax.nn.log_softmax(kept_logprobs_NV)
+  A prefill for each bucket of prompts, and a decode loop for each size of ring and
+  number of slots that was needed.
+  """
+  return sum(program._cache_size() for program in decoding.PROGRAMS)
 
 
 def bucket(length: int) -> int:
@@ -282,8 +135,219 @@ def bucket(length: int) -> int:
   return size
 
 
-def _check(policy, prompts, samples, max_new_tokens, temperature, top_k, top_p) -> None:
-  if not prompts:
+def count_bucket(count: int) -> int:
+  """The number that prompts are filled up to: the next of 1 … 16, 18, 20 … 32, 36 …
+
+  What is filled up is prefilled and never sampled; an eighth at most.
+  """
+  step = 1 << max((count - 1).bit_length() - 4, 0)
+  return -(-count // step) * step
+
+
+class _Sampling:
+  """One call of `generate`: the host side, which chooses shapes and reads four numbers
+  whenever the device's loop has stopped."""
+
+  def __init__(
+    self,
+    policy,
+    prompts,
+    *,
+    max_new_tokens,
+    samples_per_prompt=1,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    eos_ids=None,
+    stop=(),
+    seed=0,
+    slots=None,
+    cache_dtype=None,
+  ):
+    limits = _per_row("max_new_tokens", max_new_tokens, prompts, samples_per_prompt)
+    _check_input(policy, prompts, samples_per_prompt, limits, stop)
+    self.policy, self.num_samples = policy, samples_per_prompt
+    shards = sharding.batch_shards(policy.mesh)
+    self.settings = decoding.Settings(
+      shards=shards,
+      samples_per_prompt=samples_per_prompt,
+      max_new_tokens=int(limits.max()),
+      eos_ids=tuple(policy.eos_ids if eos_ids is None else eos_ids),
+      stop=tuple(tuple(map(int, sequence)) for sequence in stop if len(sequence)),
+      cache_dtype=str(jnp.dtype(cache_dtype or policy.dtype)),
+    )
+    self.distribution = distribution.make(
+      policy.config.vocab_size,
+      temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
+      min_p=min_p,
+    )
+
+    # Prompts are dealt out in order, evenly, and every shard is filled up with padding.
+    self.tokens, self.lengths = _right_aligned(prompts)
+    dealt = np.array_split(np.arange(len(prompts)), shards)
+    per_shard = count_bucket(len(dealt[0]))
+    index = np.full((shards, per_shard), -1)
+    for entries, part in zip(index, dealt, strict=True):
+      entries[: len(part)] = part
+    index = index.reshape(-1)
+    rows = np.repeat(index * samples_per_prompt, samples_per_prompt)
+    rows += np.tile(np.arange(samples_per_prompt), len(index))
+    real = np.repeat(index >= 0, samples_per_prompt)
+    # Where each asked row is found among the shards' rows.
+    self.where = np.flatnonzero(real)
+    self.in_order = real.all()
+
+    def put(array, *axes):
+      return sharding.put(array, policy.mesh, *axes)
+
+    filled = np.maximum(index, 0)
+    self.prompts = decoding.prefill(
+      policy,
+      put(self.tokens[filled], "batch"),
+      put(self.lengths[filled], "batch"),
+      self.settings,
+    )
+    rows = np.maximum(rows, 0)
+    seeds = _per_row("seed", seed, prompts, samples_per_prompt)[rows]
+    self.queue = decoding.Queue(
+      keys=decoding.row_keys(
+        put(seeds.astype(np.uint32), "batch"),
+        put(rows.astype(np.int32), "batch"),
+        samples_per_prompt if np.ndim(seed) == 0 else None,
+      ),
+      limits=put(limits[rows].astype(np.int32), "batch"),
+      counts=put(
+        np.array([len(part) * samples_per_prompt for part in dealt], np.int32), "batch"
+      ),
+    )
+    self.num_rows = per_shard * samples_per_prompt  # of a shard
+    if slots is None:
+      slots = shards * _slots_that_fit(policy, self.settings, self.prompts)
+    self.num_slots = min(self.num_rows, -(-slots // shards))
+    self.width = self._ring(0)
+    # While every row has its own slot, the rows of a group lie together, and the keys
+    # of their prompt are read once for all of them.
+    self.in_groups = self.num_slots == self.num_rows
+    self.slots, self.drawn = decoding.start(
+      policy,
+      self.prompts,
+      self.queue,
+      self.distribution,
+      self.settings,
+      self.num_slots,
+      self.width,
+    )
+
+  def advance(self, steps: int = 2**30) -> bool:
+    """Decodes `steps` tokens, or until shapes should change; says if more is left."""
+    self.slots, self.drawn, (busy, longest, waiting) = decoding.decode(
+      self.slots,
+      self.drawn,
+      self.policy,
+      self.prompts,
+      self.queue,
+      self.distribution,
+      jnp.int32(steps),
+      self.settings,
+      self.in_groups,
+    )
+    busy, longest, waiting = int(busy), int(longest), bool(waiting)
+    if not busy:
+      return False
+    num_slots, width = self.num_slots, self.width
+    if not waiting and decoding.mostly_idle(busy, num_slots):
+      num_slots = max(decoding.MIN_SLOTS, 1 << (busy - 1).bit_length())
+    if longest >= width:
+      width = self._ring(longest)
+    elif decoding.too_wide(longest, width):
+      width = self._ring(2 * longest)  # room to grow, no going to and fro
+    if (num_slots, width) != (self.num_slots, self.width):
+      self.slots = decoding.resize(self.slots, self.settings, num_slots, width)
+      self.in_groups &= num_slots == self.num_slots
+      self.num_slots, self.width = num_slots, width
+    return True
+
+  def _ring(self, longest: int) -> int:
+    """Columns of the ring for responses that are this long now."""
+    width = decoding.MIN_WIDTH
+    while width <= longest:
+      width *= 2
+    return min(width, self.settings.max_new_tokens)
+
+  def rollouts(self, version: int) -> Rollouts:
+    """What has been sampled, in the order it was asked for."""
+    drawn = self.drawn
+    if not self.in_order:
+      drawn = jax.tree.map(lambda array: array[self.where], drawn)
+    T = self.settings.max_new_tokens
+    sampling_logprobs = drawn.sampling_logprobs
+    return Rollouts(
+      prompts=jnp.asarray(self.tokens),
+      prompt_lengths=jnp.asarray(self.lengths),
+      tokens=drawn.tokens,
+      logprobs=drawn.logprobs,
+      sampling_logprobs=drawn.logprobs
+      if sampling_logprobs is None
+      else sampling_logprobs,
+      mask=jnp.arange(T) < drawn.lengths[:, None],
+      lengths=drawn.lengths,
+      prompt_ids=jnp.repeat(
+        jnp.arange(len(self.tokens), dtype=jnp.int32), self.num_samples
+      ),
+      finished=drawn.finished,
+      temperature=self.distribution.temperature,
+      version=jnp.int32(version),
+      filtered=not self.distribution.is_policy,
+    )
+
+
+# --- input -------------------------------------------------------------------------
+
+
+def _right_aligned(prompts):
+  lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+  tokens = np.zeros((len(prompts), bucket(lengths.max())), np.int32)
+  for row, prompt in zip(tokens, prompts, strict=True):
+    row[len(row) - len(prompt) :] = prompt
+  return tokens, lengths
+
+
+def _per_row(name, value, prompts, samples):
+  """One number for all rows, or one for each, as an array."""
+  num_rows = len(prompts) * samples
+  if np.ndim(value) and len(value) != num_rows:
+    raise ValueError(
+      f"{name} has {len(value)} values for {len(prompts)} prompts x {samples} samples;"
+      f" give one number, or {num_rows} of them."
+    )
+  return np.broadcast_to(np.asarray(value), (num_rows,))
+
+
+def _slots_that_fit(policy, settings, prompts) -> int:
+  """Slots of a shard whose rings, at their longest, fill half of the free memory."""
+  config, parts = policy.config, 1
+  if policy.mesh is not None and not config.num_kv_heads % policy.mesh.shape["tensor"]:
+    parts = policy.mesh.shape["tensor"]
+  column = 2 * config.num_layers * config.num_kv_heads * config.head_dim // parts
+  column *= jnp.dtype(settings.cache_dtype).itemsize
+  # A ring of half the size is still there while the next one is filled.
+  slot = column * settings.max_new_tokens * 3 // 2
+  budget = sharding.free_bytes(policy.mesh) // 2
+  if slot > budget:
+    raise ValueError(
+      f"The keys and values of one response of {settings.max_new_tokens} tokens take"
+      f" {slot / 2**30:.1f} GiB, and {budget / 2**30:.1f} are to be had; use fewer"
+      " tokens (--rollout.max-new-tokens) or more devices along a tensor axis"
+      " (--mesh.tensor)."
+    )
+  return budget // slot
+
+
+def _check_input(policy, prompts, samples_per_prompt, limits, stop) -> None:
+  if not len(prompts):
     raise ValueError("There are no prompts to sample from; pass at least one.")
   empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
   if empty:
@@ -298,12 +362,12 @@ def _check(policy, prompts, samples, max_new_tokens, temperature, top_k, top_p) 
         f"Prompt {i} has a token outside of the policy's vocabulary of {vocab_size};"
         " use the tokenizer the policy was made for."
       )
-  for name, value, good in (
-    ("samples_per_prompt", samples, samples >= 1),
-    ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-    ("temperature", temperature, temperature >= 0),
-    ("top_k", top_k, 0 <= top_k <= vocab_size),
-    ("top_p", top_p, 0 < top_p <= 1),
-  ):
-    if not good:
-      raise ValueError(f"{name}={value} is out of its range.")
+  if samples_per_prompt < 1:
+    raise ValueError(f"samples_per_prompt={samples_per_prompt} is out of its range.")
+  if limits.min() < 1:
+    raise ValueError(f"max_new_tokens={limits.min()} is out of its range.")
+  for sequence in stop:
+    if isinstance(sequence, int | str) or not len(sequence):
+      raise ValueError(
+        f"stop has {sequence!r}; each entry is a sequence of token ids, one at least."
+      )

@@ -5,6 +5,7 @@ same program can be compiled for machines that are not there.
 """
 
 import math
+import os
 from typing import Any
 
 import jax
@@ -134,6 +135,17 @@ def put(array: Any, mesh: Mesh | None, *logical_axes) -> jax.Array:
 def on_accelerator(mesh: Mesh) -> bool:
   """Whether the mesh is of GPUs or TPUs."""
   return mesh.devices.flat[0].platform != "cpu"
+
+
+def free_bytes(mesh: Mesh | None) -> int:
+  """Memory of one device that nothing holds yet; where a device does not say, its
+  share of half the host's memory."""
+  device = jax.devices()[0] if mesh is None else mesh.local_devices[0]
+  stats = device.memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+  host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return host // 2 // jax.local_device_count()
 
 
 def describe(mesh: Mesh) -> dict[str, Any]:

@@ -18,19 +18,38 @@ from opo_jax import losses
 from opo_jax.logprobs import TokenStats, linear_logprobs
 from opo_jax.rollouts import Rollouts, Rows, rows, select
 
-# (logprobs, sampled logprobs, advantages, mask, *, aggregation, normalizer) -> loss
+# (logprobs, sampled logprobs, advantages, mask, *, aggregation, normalizer) -> loss,
+# and a dict where `clipped` [N, T] marks the tokens whose ratio is out of bounds.
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
-def policy_gradient(logprobs, sampled_logprobs, advantages, mask, **aggregation):
-  """`losses.policy_gradient` with the signature of an Objective."""
-  del sampled_logprobs  # on-policy, the ratio to them is 1
-  return losses.policy_gradient(logprobs, advantages, mask, **aggregation)
+def policy_gradient(logprobs, sampled_logprobs, advantages, mask, **options):
+  """`losses.policy_gradient` with the signature of an Objective.
+
+  On-policy, the ratio to the sampled log-probs is 1, and it does not read them but to
+  measure what PPO's usual clip would cut off.
+  """
+  loss, _ = losses.policy_gradient(logprobs, advantages, mask, **options)
+  _, aux = losses.ppo_clip(
+    jax.lax.stop_gradient(logprobs), sampled_logprobs, advantages, mask
+  )
+  return loss, aux
+
+
+def tis(logprobs, sampled_logprobs, advantages, mask, *, cap=2.0, **options):
+  """`policy_gradient`, each token weighed by its truncated importance."""
+  weights = losses.truncated_importance(logprobs, sampled_logprobs, mask, cap=cap)
+  return policy_gradient(
+    logprobs, sampled_logprobs, advantages, mask, importance_weights=weights, **options
+  )
 
 
 OBJECTIVES: dict[str, Objective] = {
   "policy_gradient": policy_gradient,
+  "tis": tis,
   "ppo_clip": losses.ppo_clip,
+  "gspo": losses.gspo,
+  "cispo": losses.cispo,
 }
 
 
@@ -57,12 +76,12 @@ class Algorithm:
   Attributes:
     estimator: one of `advantages.ESTIMATORS`.
     objective: one of `OBJECTIVES`, options bound.
-    aggregation: one of `losses.AGGREGATIONS` but `constant`.
+    aggregation: one of `losses.AGGREGATIONS`.
+    normalizer: the denominator of one optimiser step's loss; None counts the step's
+      tokens or responses, as the aggregation says. `constant` needs a number.
     updates_per_batch: optimiser steps per rollout batch, each on its own share of the
       rows. 1 is exact on-policy.
     micro_batches: parts in which the gradient of one optimiser step is accumulated.
-    clip: how far a ratio may move below and above 1 before `onpolicy/clip_fraction`
-      counts it; a clipping objective has the same bounds bound.
     require_on_policy: refuse rollouts of another policy version.
     remat: recompute layers in the backward pass.
   """
@@ -70,9 +89,9 @@ class Algorithm:
   estimator: adv.Estimator
   objective: Objective
   aggregation: str = "token_mean"
+  normalizer: float | None = None
   updates_per_batch: int = 1
   micro_batches: int = 1
-  clip: tuple[float, float] = (0.2, 0.2)
   require_on_policy: bool = True
   remat: bool = False
 
@@ -127,13 +146,19 @@ class Update:
 
 
 def check_on_policy(state: TrainState, rollouts: Rollouts) -> None:
-  """Refuses rollouts that another version of the policy sampled."""
+  """Refuses rollouts that are no samples of this very policy."""
   sampled, current = int(rollouts.version), int(state.step)
   if sampled != current:
     raise ValueError(
       f"Rollouts of policy version {sampled} were given to version {current}; exact"
       " on-policy training takes only its own. Sample again, or train off-policy"
       " (--algorithm.updates-per-batch 2)."
+    )
+  if rollouts.filtered:
+    raise ValueError(
+      "Rollouts that were chosen greedily or with top-k, top-p or min-p were given to"
+      " exact on-policy training, and the learner applies no such filter; sample with"
+      " temperature alone."
     )
 
 
@@ -155,12 +180,21 @@ def _update(
     num_groups=rollouts.num_groups,
     valid=valid,
   )
-  batch = _Batch(rows(rollouts), rollouts.tokens, rollouts.logprobs, mask, advantages)
+  batch = _Batch(
+    rows=rows(rollouts),
+    tokens=rollouts.tokens,
+    logprobs=rollouts.logprobs,
+    sampling_logprobs=rollouts.sampling_logprobs,
+    mask=mask,
+    advantages=advantages,
+  )
 
   def optimiser_step(carry, batch):
     policy, opt_state = carry
     # One denominator for the whole step, however many micro-batches it has.
-    normalizer = losses.step_normalizer(batch.mask, algorithm.aggregation)
+    normalizer = algorithm.normalizer
+    if normalizer is None:
+      normalizer = losses.step_normalizer(batch.mask, algorithm.aggregation)
 
     def add_micro_batch(totals, micro_batch):
       grads, measured = totals
@@ -200,7 +234,8 @@ class _Batch:
 
   rows: Rows  # [n, P + T]
   tokens: jax.Array  # [n, T]
-  sampled_logprobs: jax.Array  # [n, T]
+  logprobs: jax.Array  # [n, T] of the policy, as the sampler computed them
+  sampling_logprobs: jax.Array  # [n, T] of what the tokens were drawn from
   mask: jax.Array  # [n, T]
   advantages: jax.Array  # [n]
 
@@ -212,32 +247,23 @@ _MEASURED = ("tokens", "entropy", "diff", "diff_max", "kl", "clipped")
 def _loss(policy, batch, algorithm, temperature, normalizer):
   """The share of one micro-batch in the step's loss, and what was measured on it."""
   stats = token_stats(policy, batch.rows, batch.tokens, temperature, algorithm.remat)
-  loss, _ = algorithm.objective(
+  loss, aux = algorithm.objective(
     stats.logprob,
-    batch.sampled_logprobs,
+    batch.sampling_logprobs,
     batch.advantages,
     batch.mask,
     aggregation=algorithm.aggregation,
     normalizer=normalizer,
   )
   logprob, entropy = jax.lax.stop_gradient((stats.logprob, stats.entropy))
-  gap = jnp.where(batch.mask, jnp.abs(logprob - batch.sampled_logprobs), 0.0)
-  # Which tokens PPO's clip would cut off, whether the objective clips or not.
-  _, clip = losses.ppo_clip(
-    logprob,
-    batch.sampled_logprobs,
-    batch.advantages,
-    batch.mask,
-    clip_low=algorithm.clip[0],
-    clip_high=algorithm.clip[1],
-  )
+  gap = jnp.where(batch.mask, jnp.abs(logprob - batch.logprobs), 0.0)
   return loss, {
     "tokens": batch.mask.sum(dtype=jnp.float32),
     "entropy": jnp.where(batch.mask, entropy, 0.0).sum(),
     "diff": gap.sum(),
     "diff_max": gap.max(),
-    "kl": losses.kl(batch.sampled_logprobs, logprob, batch.mask).sum(),
-    "clipped": clip["clipped"].sum(dtype=jnp.float32),
+    "kl": losses.kl(batch.logprobs, logprob, batch.mask).sum(),
+    "clipped": aux["clipped"].sum(dtype=jnp.float32),
   }
 
 

@@ -6,6 +6,7 @@ zero lengths, unscorable rows whose reward is NaN.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from opo_jax.advantages import ESTIMATORS, weighted_baseline
+from opo_jax.advantages import ESTIMATORS, opo, optimal_token, weighted_baseline
 
 NUM_ROWS, NUM_GROUPS = 24, 7
 EMPTY_GROUP = 4
 EPS = float(jnp.finfo(jnp.float32).eps)
 # Rewards are at most 3 in size and a baseline sums 24 of them: a few roundings each.
 ATOL = 16 * 3 * EPS
+
+# What is added up is above the smallest float32: a part in a million of 1e-30 is.
+constant_rewards = st.floats(-100, 100, width=32).filter(
+  lambda reward: reward == 0 or abs(reward) > 1e-30
+)
 
 few = settings(max_examples=30, deadline=None)
 names = pytest.mark.parametrize("name", sorted(ESTIMATORS))
@@ -199,6 +205,181 @@ def test_baseline_weighs_by_any_weights_of_any_scale():
     np.testing.assert_allclose(others[:2], [2.0, 4.0], rtol=16 * EPS)
 
 
+def test_grpo_with_the_epsilon_of_trl():
+  # Mean 0.25, std sqrt((9 + 1 + 1 + 1) / 16 / 3) = 0.5: 0.75 / 0.5001, -0.25 / 0.5001
+  rewards, ids = jnp.array([1.0, 0, 0, 0]), jnp.zeros(4, int)
+  kwargs = dict(num_groups=1, epsilon=1e-4)
+  advantages = ESTIMATORS["grpo"](rewards, jnp.ones(4), ids, **kwargs)
+  np.testing.assert_allclose(advantages, [1.4997001] + 3 * [-0.4999], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("alpha", "baseline"),
+  [
+    (0.0, 1 / 2),  # the mean
+    (0.5, 1 / 5),  # lengths 1, 4
+    (1.0, 1 / 17),  # squared
+    (-0.5, 4 / 5),  # 1 and 1/4: for a loss that averages over each response
+  ],
+)
+def test_alpha_is_the_exponent_of_the_gradient_norm_in_the_length(alpha, baseline):
+  rewards, lengths = jnp.array([1.0, 0.0, 7.0]), jnp.array([1, 4, 0])
+  ids = jnp.array([0, 0, 0])
+  advantages = opo(rewards, lengths, ids, num_groups=1, alpha=alpha)
+  np.testing.assert_allclose(advantages, [1 - baseline, -baseline, 0], rtol=4 * EPS)
+  loo = ESTIMATORS["opo_loo"](rewards, lengths, ids, num_groups=1, alpha=alpha)
+  np.testing.assert_allclose(loo, [1, -1, 0], rtol=8 * EPS)
+  # It may be fitted: by l^(2a), db/da = -2 log 4 b (1 - b), with a row of length 0 by.
+  slope = jax.grad(lambda a: opo(rewards, lengths, ids, num_groups=1, alpha=a)[0])(
+    alpha
+  )
+  expected = 2 * np.log(4) * baseline * (1 - baseline)
+  assert float(slope) == pytest.approx(expected, rel=1e-5)
+
+
+def test_opo_of_very_long_responses_and_baselines_of_huge_weights_stay_exact():
+  # (1e5 * 1 + 3e5 * 0) / 4e5 = 0.25
+  ids = jnp.array([0, 0])
+  advantages = opo(
+    jnp.array([1.0, 0]), jnp.array([100_000, 300_000]), ids, num_groups=1
+  )
+  np.testing.assert_allclose(advantages, [0.75, -0.25], rtol=4 * EPS)
+  for scale in (1e-30, 1e30):
+    weights = scale * jnp.array([1.0, 3.0])
+    baseline = weighted_baseline(jnp.array([1.0, 0]), weights, ids, num_groups=1)
+    np.testing.assert_allclose(baseline, [0.25, 0.25], rtol=4 * EPS)
+  # A row without weight does not count; a group without any sees its own rewards.
+  rewards, weights = jnp.array([1.0, 3.0, 5.0]), jnp.array([0.0, 2.0, 0.0])
+  baseline = weighted_baseline(rewards, weights, jnp.array([0, 0, 1]), num_groups=2)
+  assert baseline[1] == 3.0
+
+
+def test_squared_gradient_norms_give_the_baseline_of_least_variance():
+  # A softmax over 3 answers: score e_a - pi, all answers once, weighed by pi.
+  policy, rewards = np.array([0.6, 0.3, 0.1]), np.array([0.2, 1.0, 0.5])
+  scores = np.eye(3) - policy
+
+  def variance(b):
+    gradients = (rewards - b)[:, None] * scores
+    return policy @ (gradients**2).sum(1) - ((policy @ gradients) ** 2).sum()
+
+  weights = policy * (scores**2).sum(1)
+  best = weighted_baseline(
+    jnp.float32(rewards), jnp.float32(weights), jnp.zeros(3, int), num_groups=1
+  )
+  b = float(best[0])
+  assert variance(b) < min(variance(b - 0.01), variance(b + 0.01), variance(0.0))
+  # And it is the minimum: of a parabola, half-way between equal values.
+  assert variance(b - 0.3) == pytest.approx(variance(b + 0.3), rel=1e-5)
+
+
+# --- Per token ---
+
+NUM_TOKENS = 6
+_optimal_token = jax.jit(functools.partial(optimal_token, num_groups=NUM_GROUPS))
+
+
+@st.composite
+def token_batches(draw):
+  """(rewards, energy, mask, ids, valid): holes, empty rows, NaN where nobody looks."""
+  rewards, _, ids, valid = draw(batches())
+  seed = draw(st.integers(0, 2**16))
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(0, NUM_TOKENS + 1, NUM_ROWS)
+  mask = np.arange(NUM_TOKENS) < lengths[:, None]
+  mask &= rng.random(mask.shape) < 0.85
+  energy = rng.integers(0, 9, mask.shape) / 8
+  return rewards, np.where(mask, energy, np.nan), mask, ids, valid
+
+
+def run_tokens(rewards, energy, mask, ids, valid):
+  args = np.float32(rewards), np.float32(energy), mask, np.int32(ids)
+  return np.asarray(_optimal_token(*args, valid=valid), np.float64)
+
+
+def alive_and_spent(energy, mask, valid):
+  """[N, T] both, row by row and token by token."""
+  alive, spent = np.zeros(mask.shape, bool), np.zeros(mask.shape)
+  for i, t in np.ndindex(mask.shape):
+    alive[i, t] = valid[i] and mask[i, t:].any()
+    spent[i, t] = sum(energy[i, j] for j in range(t + 1) if mask[i, j])
+  return alive, spent
+
+
+@few
+@given(batch=token_batches())
+def test_optimal_token_equals_its_formula_in_float64(batch):
+  rewards, energy, mask, ids, valid = batch
+  alive, spent = alive_and_spent(energy, mask, valid)
+  expected = np.zeros(mask.shape)
+  for i, t in zip(*np.nonzero(mask & valid[:, None]), strict=True):
+    rows = alive[:, t] & (ids == ids[i])
+    if spent[rows, t].sum() > 0:
+      expected[i, t] = rewards[i] - np.average(rewards[rows], weights=spent[rows, t])
+  np.testing.assert_allclose(run_tokens(*batch), expected, atol=ATOL)
+
+
+@few
+@given(batch=token_batches(), order=st.permutations(range(NUM_ROWS)))
+def test_optimal_token_sums_to_zero_by_energy_spent_in_any_order(batch, order):
+  rewards, energy, mask, ids, valid = batch
+  mask = np.arange(NUM_TOKENS) < mask.sum(-1, keepdims=True)  # no holes
+  energy = np.nan_to_num(energy, nan=0.5)
+  batch = rewards, energy, mask, ids, valid
+  advantages = run_tokens(*batch)
+  alive, spent = alive_and_spent(energy, mask, valid)
+  for group in range(NUM_GROUPS):
+    rows = ids == group
+    total = (advantages * spent * alive)[rows].sum(0)
+    assert (np.abs(total) <= ATOL * np.maximum((spent * alive)[rows].sum(0), 1)).all()
+  permuted = run_tokens(*(array[order] for array in batch))
+  np.testing.assert_allclose(permuted, advantages[order], atol=2 * ATOL)
+
+
+@few
+@given(batch=token_batches(), reward=constant_rewards)
+def test_optimal_token_of_equal_rewards_is_exactly_zero(batch, reward):
+  _, energy, mask, ids, valid = batch
+  rewards = np.where(valid, reward, np.nan)
+  assert not run_tokens(rewards, energy, mask, ids, valid).any()
+
+
+def test_optimal_token_keeps_a_row_alive_while_a_tool_writes():
+  # Row 1 has a hole at t = 1, and ends there; the tool's token is neither trained nor
+  # counted, but the row's energy of 1 from before stays in the baseline:
+  # B = 1/2, 3/(3 + 1), 4/(4 + 2); at t = 3 row 0 is alone.
+  mask = jnp.array([[1, 1, 1, 1], [1, 0, 1, 0]])
+  energy = jnp.array([[1.0, 2.0, 1.0, 5.0], [1.0, jnp.nan, 1.0, jnp.nan]])
+  args = jnp.array([1.0, 0.0]), energy, mask, jnp.array([0, 0])
+  advantages = optimal_token(*args, num_groups=1)
+  expected = [[1 / 2, 1 / 4, 1 / 3, 0], [-1 / 2, 0, -2 / 3, 0]]
+  np.testing.assert_allclose(advantages, expected, atol=2 * EPS)
+  # Were it dead in the hole, row 0 would be compared with itself there.
+  assert advantages[0, 1] != 0
+
+
+def test_optimal_token_of_one_token_is_the_baseline_weighted_by_its_energy():
+  rewards, energy, ids = jnp.array([4.0, 2, 9]), jnp.array([0.5, 1.5, 8]), [0, 0, 0]
+  valid, ids = jnp.array([True, True, False]), jnp.array(ids)
+  kwargs = dict(num_groups=1, valid=valid)
+  per_token = optimal_token(
+    rewards, energy[:, None], jnp.ones((3, 1), bool), ids, **kwargs
+  )
+  baseline = weighted_baseline(rewards, energy, ids, **kwargs)
+  np.testing.assert_allclose(per_token[:2, 0], (rewards - baseline)[:2], atol=4 * EPS)
+  assert per_token[2] == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_optimal_token_computes_in_float32(dtype):
+  # 300 energies of 1 add up to 256 in bfloat16.
+  energy = jnp.ones((2, 300), dtype).at[1].set(0.5)
+  args = jnp.array([1, 0], dtype), energy, jnp.ones((2, 300)), jnp.zeros(2, int)
+  advantages = optimal_token(*args, num_groups=1)
+  assert advantages.dtype == jnp.float32
+  np.testing.assert_allclose(advantages[0], np.full(300, 1 / 3), rtol=1e-5)
+
+
 # --- Identities ---
 
 
@@ -232,7 +413,7 @@ def test_mean_does_not_satisfy_the_identity_of_opo():
 
 @pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"reinforce"}))
 @few
-@given(batch=batches(), reward=st.floats(-100, 100, width=32))
+@given(batch=batches(), reward=constant_rewards)
 def test_equal_rewards_give_exactly_zero(name, batch, reward):
   # Exactly: packing leaves out what is zero, and 1e-8 / (std + 1e-6) would be 0.01.
   _, lengths, ids, valid = batch
@@ -466,6 +647,81 @@ def test_rows_sharded_over_eight_devices_give_the_same_advantages(name):
   np.testing.assert_allclose(sharded, expected, rtol=2 * EPS, atol=EPS)
 
 
+def baseline_of(rewards, lengths, ids, *, num_groups):
+  return weighted_baseline(rewards, lengths, ids, num_groups=num_groups)
+
+
+def token_baseline_of(rewards, lengths, ids, *, num_groups):
+  mask = jnp.arange(NUM_TOKENS) < lengths[:, None]
+  return optimal_token(rewards, 0.5 + mask, mask, ids, num_groups=num_groups)
+
+
+# How many reductions over rows each takes, and their columns.
+REDUCTIONS = {
+  "mean": (ESTIMATORS["mean"], [[NUM_GROUPS, 3]]),
+  "rloo": (ESTIMATORS["rloo"], [[NUM_GROUPS, 3]]),
+  "grpo": (ESTIMATORS["grpo"], [[NUM_GROUPS, 3], [NUM_GROUPS, 2]]),
+  "reinforce_pp": (ESTIMATORS["reinforce_pp"], [[1, 3], [1, 2]]),
+  "maxrl": (ESTIMATORS["maxrl"], [[NUM_GROUPS, 3]]),
+  "opo": (ESTIMATORS["opo"], [[NUM_GROUPS, 3]]),
+  "opo_loo": (ESTIMATORS["opo_loo"], [[NUM_GROUPS, 3]]),
+  "opo_batch": (ESTIMATORS["opo_batch"], [[1, 3]]),
+  "weighted_baseline": (baseline_of, [[NUM_GROUPS, 3]]),
+  "optimal_token": (token_baseline_of, [[NUM_GROUPS, NUM_TOKENS, 3]]),
+}
+
+
+@pytest.mark.parametrize("name", sorted(REDUCTIONS))
+def test_devices_exchange_the_sums_of_groups_and_never_the_rows(name):
+  function, expected = REDUCTIONS[name]
+  function = functools.partial(function, num_groups=NUM_GROUPS)
+  mesh = Mesh(np.array(jax.devices()), ("data",))
+  sharding = NamedSharding(mesh, PartitionSpec("data"))
+  arguments = [
+    jax.ShapeDtypeStruct((NUM_ROWS,), dtype, sharding=sharding)
+    for dtype in (jnp.float32, jnp.int32, jnp.int32)
+  ]
+  # One fused reduction for a baseline, counted before the compiler merges any.
+  assert str(jax.make_jaxpr(function)(*arguments)).count("scatter-add") == len(expected)
+  compiled = jax.jit(function).lower(*arguments).compile()
+  code = compiled.as_text()
+  shapes = re.findall(r"= f32\[([\d,]+)\]\S* all-reduce\(", code)
+  assert [[int(n) for n in shape.split(",")] for shape in shapes] == expected
+  for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+    assert f" {other}(" not in code and f" {other}-start(" not in code
+  assert compiled.output_shardings.is_equivalent_to(sharding, 1)
+
+
+def test_rows_over_a_mesh_with_explicit_axes():
+  mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Explicit,))
+  rewards, lengths, ids, valid = fixed_batch()
+  with jax.set_mesh(mesh):
+    arrays = jax.device_put(
+      (np.float32(rewards), np.int32(lengths), np.int32(ids), valid),
+      NamedSharding(mesh, PartitionSpec("data")),
+    )
+    sharded = jax.jit(
+      jax.sharding.auto_axes(
+        lambda *rows: opo(*rows[:3], num_groups=NUM_GROUPS, valid=rows[3]),
+        out_sharding=PartitionSpec("data"),
+      )
+    )(*arrays)
+  expected = run("opo", rewards, lengths, ids, valid)
+  np.testing.assert_allclose(sharded, expected, rtol=2 * EPS, atol=EPS)
+
+
+def test_rows_sharded_over_eight_devices_give_the_same_token_advantages():
+  mesh = Mesh(np.array(jax.devices()), ("data",))
+  rewards, _, ids, valid = fixed_batch()
+  rng = np.random.default_rng(3)
+  mask = np.arange(NUM_TOKENS) < rng.integers(0, NUM_TOKENS + 1, NUM_ROWS)[:, None]
+  energy = rng.integers(0, 9, mask.shape) / 8
+  arrays = np.float32(rewards), np.float32(energy), mask, np.int32(ids), valid
+  *sharded, valid = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("data")))
+  result = _optimal_token(*sharded, valid=valid)
+  np.testing.assert_allclose(result, run_tokens(*arrays), rtol=2 * EPS, atol=EPS)
+
+
 @pytest.mark.parametrize("name", ["mean", "rloo", "opo", "opo_loo", "opo_batch"])
 def test_gradient_with_respect_to_rewards_is_that_of_the_formula(name):
   """A learned reward may be trained through the advantage."""
@@ -503,4 +759,56 @@ def test_shapes_that_differ_are_refused_and_shown(rewards, lengths, ids, valid):
       jnp.zeros(ids, int),
       num_groups=1,
       valid=None if valid is None else jnp.ones(valid, bool),
+    )
+
+
+def test_group_id_out_of_range_is_refused_where_it_can_be_seen():
+  rewards, lengths = jnp.array([1.0, 0.0, 3.0]), jnp.array([2, 2, 5])
+  for ids, message in (
+    ([0, 0, 2], "2 has group id 2"),
+    ([0, -1, 1], "1 has group id -1"),
+  ):
+    with pytest.raises(ValueError, match=f"Row {message}, but num_groups is 2"):
+      opo(rewards, lengths, jnp.array(ids), num_groups=2)
+    with pytest.raises(ValueError, match=f"Row {message}"):
+      mask = jnp.arange(5) < lengths[:, None]
+      optimal_token(rewards, jnp.ones((3, 5)), mask, jnp.array(ids), num_groups=2)
+  # Rows that do not count may point anywhere.
+  kwargs = dict(num_groups=2, valid=jnp.array([True, True, False]))
+  expected = [0.5, -0.5, 0.0]
+  assert opo(rewards, lengths, jnp.array([0, 0, 9]), **kwargs).tolist() == expected
+  no_length = opo(rewards, jnp.array([2, 2, 0]), jnp.array([0, 0, -1]), num_groups=2)
+  assert no_length.tolist() == expected
+
+
+@pytest.mark.parametrize("outside", [-1, 2, 99])
+def test_row_of_a_group_out_of_range_does_not_count_under_jit(outside):
+  # -1 would wrap around to the last group, and 2 read its sums.
+  compiled = jax.jit(functools.partial(opo, num_groups=2))
+  rewards, lengths = jnp.array([1.0, 3.0, 5.0]), jnp.array([2, 2, 5])
+  advantages = compiled(rewards, lengths, jnp.array([1, 1, outside]))
+  assert advantages.tolist() == [-1.0, 1.0, 0.0]
+
+
+def test_weights_that_are_negative_or_nan_are_refused_unless_the_row_does_not_count():
+  rewards, ids = jnp.array([1.0, 0.0, 3.0]), jnp.array([0, 0, 0])
+  for bad in (-2.0, np.nan):
+    weights = jnp.array([1.0, 3.0, bad])
+    with pytest.raises(ValueError, match=rf"Row 2 has length or weight {bad}"):
+      weighted_baseline(rewards, weights, ids, num_groups=1)
+    valid = jnp.array([True, True, False])
+    baseline = weighted_baseline(rewards, weights, ids, num_groups=1, valid=valid)
+    np.testing.assert_allclose(baseline[:2], [0.25, 0.25], rtol=4 * EPS)
+
+
+def test_group_ids_are_integers_and_masks_fit():
+  with pytest.raises(ValueError, match="group_ids of an integer type, got float32"):
+    opo(jnp.ones(2), jnp.ones(2), jnp.zeros(2), num_groups=1)
+  with pytest.raises(ValueError, match=r"'energy': \(2, 4\), 'mask': \(2, 3\)"):
+    optimal_token(
+      jnp.ones(2), jnp.ones((2, 4)), jnp.ones((2, 3)), jnp.zeros(2, int), num_groups=1
+    )
+  with pytest.raises(ValueError, match=r"rewards \[N\] .*'rewards': \(3,\)"):
+    optimal_token(
+      jnp.ones(3), jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.zeros(2, int), num_groups=1
     )

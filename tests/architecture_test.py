@@ -1,6 +1,7 @@
 """The house holds its plan: who may import whom, and what stays light."""
 
 import ast
+import os
 import pathlib
 import subprocess
 import sys
@@ -22,7 +23,10 @@ MAY_IMPORT = {
   "variance": {"build", "advantages", "losses"},
   "build": {"models", "sampler", "trainer", "advantages", "sharding", "config"}
   | {"rollouts"},  # demonstrations are made into rollouts here
-  "sampler": {"models", "rollouts", "sharding"},
+  # The sampler's two halves below it: the compiled programs, and logits to a token.
+  "sampler": {"models", "rollouts", "sharding", "decoding", "distribution"},
+  "decoding": {"models", "rollouts", "sharding", "distribution"},
+  "distribution": set(),
   "trainer": {"losses", "logprobs", "advantages", "rollouts"},
   "evaluation": {"rollouts", "models"},
   "rewards.reward_model": {"rollouts", "models"},
@@ -40,7 +44,7 @@ MAY_IMPORT = {
   "checkpoint": set(),
   # Leaves take arrays and plain numbers.
   "advantages": set(),
-  "losses": set(),
+  "losses": {"advantages"},  # opo_loss goes from rewards to a loss in one call
   "logprobs": set(),
   "rollouts": set(),
   "packing": set(),
@@ -157,9 +161,6 @@ def test_every_config_field_is_read():
   [
     ("opo_jax", {"jax", "numpy"}),
     ("opo_jax.config", {"jax", "numpy"}),
-    ("opo_jax.advantages", {"flax", "orbax", "transformers", "tensorflow_datasets"}),
-    ("opo_jax.losses", {"flax", "orbax", "transformers", "tensorflow_datasets"}),
-    ("opo_jax.logprobs", {"flax", "orbax", "transformers", "tensorflow_datasets"}),
     ("opo_jax.rewards", {"jax", "sympy"}),
     ("opo_jax.loop", {"tensorflow", "torch", "matplotlib"}),
   ],
@@ -171,6 +172,32 @@ def test_importing_a_room_does_not_load_what_it_does_not_need(module, absent):
   )
   loaded = {name.split(".")[0] for name in output.stdout.split()}
   assert not loaded & absent
+
+
+@pytest.mark.parametrize(
+  "module", ["opo_jax.advantages", "opo_jax.losses", "opo_jax.logprobs"]
+)
+def test_the_algorithm_imports_jax_and_nothing_besides(module):
+  """Nor does it touch a device: whoever imports it may still choose the platform."""
+  code = f"""
+import sys
+import jax, jax.numpy
+before = set(sys.modules)
+import {module}
+print(*set(sys.modules) - before)
+"""
+  # A platform that is not there: the first array would fail.
+  environment = os.environ | {"JAX_PLATFORMS": "no_such_platform"}
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=environment,
+  )
+  assert done.returncode == 0, done.stderr
+  loaded = {name.split(".")[0] for name in done.stdout.split()}
+  assert loaded - {"jax", "jaxlib"} - sys.stdlib_module_names == {"opo_jax"}
 
 
 def test_no_room_is_called_utils_and_none_is_endless():

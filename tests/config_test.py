@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opo_jax import config as config_lib
-from opo_jax.config import Algorithm, Config, Rollout, differences, from_dict, to_dict
+from opo_jax.config import (
+  Algorithm,
+  Config,
+  Eval,
+  Rollout,
+  differences,
+  from_dict,
+  to_dict,
+)
 
 
 def other_value(value):
@@ -26,6 +34,7 @@ def config_with_no_default():
     if dataclasses.is_dataclass(value):
       names = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
       changed = {name: other_value(v) for name, v in names.items()}
+      changed |= {name: 0.5 for name in ("top_p", "min_p") if name in names}
       sections[field.name] = dataclasses.replace(value, **changed)
     else:
       sections[field.name] = other_value(value)
@@ -122,6 +131,27 @@ def test_count_below_one_is_refused_with_its_flag(flag, value):
 def test_greedy_sampling_for_training_is_refused(temperature):
   with pytest.raises(ValueError, match=f"--rollout.temperature is {temperature}; "):
     Config(rollout=Rollout(temperature=temperature))
+
+
+@pytest.mark.parametrize("kwargs", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_filters_in_on_policy_training_are_refused_with_both_ways_out(kwargs):
+  with pytest.raises(
+    ValueError, match=r"(?s)not on-policy.*--algorithm\.loss ppo_clip"
+  ):
+    Config(rollout=Rollout(**kwargs))
+  Config(
+    rollout=Rollout(**kwargs), algorithm=Algorithm(updates_per_batch=2, loss="ppo_clip")
+  )
+  Config(eval=Eval(**kwargs))
+
+
+@pytest.mark.parametrize("section", [Rollout, Eval])
+@pytest.mark.parametrize("kwargs", [{"top_p": 0.0}, {"top_p": 1.5}, {"min_p": 1.5}])
+def test_a_filter_that_is_no_probability_is_refused_with_its_flag(section, kwargs):
+  (name,) = kwargs
+  flag = f"--{section.__name__.lower()}.{name.replace('_', '-')} is"
+  with pytest.raises(ValueError, match=flag):
+    Config(**{section.__name__.lower(): section(**kwargs)})
 
 
 def test_policy_gradient_off_policy_is_refused_with_both_ways_out():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from opo_jax import build, models, sampler, sharding
+from opo_jax import build, models, sampler, sharding, trainer
 from opo_jax.config import Config, Mesh, Model, Optimizer
 from opo_jax.models import hf
 from opo_jax.models.attention import Keys, attention
@@ -577,7 +577,7 @@ def test_cached_decoding_equals_the_full_forward(policy):
   _, (prompt_keys, prompt_values) = prefill(policy, prompts, positions, segment_ids)
   prompt_mask = (segment_ids > 0)[:, None]
   # Columns not written yet hold numbers that would be seen at once.
-  shape = (config.num_layers, N, T, config.num_kv_heads, config.head_dim)
+  shape = (config.num_layers, N, config.num_kv_heads, T, config.head_dim)
   keys, values = jnp.full(shape, 50.0), jnp.full(shape, -50.0)
   first = np.repeat(prompt_lengths, samples)[:, None]
 
@@ -588,14 +588,14 @@ def test_cached_decoding_equals_the_full_forward(policy):
       tokens,
       first + t + jnp.arange(tokens.shape[1]),
       cache=(
-        Keys(prompt_keys, prompt_values, prompt_mask, positions),
-        Keys(keys, values, written, first + jnp.arange(T)),
+        Keys(prompt_keys, prompt_values, prompt_mask, positions=positions),
+        Keys(keys, values, written, positions=first + jnp.arange(T)),
       ),
     )
     return (
       policy.project(hidden),
-      jax.lax.dynamic_update_slice(keys, key, (0, 0, t, 0, 0)),
-      jax.lax.dynamic_update_slice(values, value, (0, 0, t, 0, 0)),
+      jax.lax.dynamic_update_slice(keys, key, (0, 0, 0, t, 0)),
+      jax.lax.dynamic_update_slice(values, value, (0, 0, 0, t, 0)),
     )
 
   decoded = []
@@ -609,6 +609,20 @@ def test_cached_decoding_equals_the_full_forward(policy):
     prompt = prompts[row // samples, P - n :]
     full = logits_of(policy, np.concatenate([prompt, responses[row]])[None])
     assert_close(decoded[row], full[0, n:])
+
+
+def test_sampler_records_the_learners_logprobs_under_a_sliding_window():
+  policy = random_policy(sliding_window=4, sliding_layers=(0, 2))
+  prompts = [random_tokens(seed, n).tolist() for seed, n in enumerate((7, 1, 3, 5))]
+  # Fewer slots than rows: a slot that takes the next row has old keys in its ring.
+  rollouts = sampler.generate(
+    policy, prompts, samples_per_prompt=3, max_new_tokens=9, slots=5, eos_ids=(3, 8, 20)
+  )
+  lengths = np.asarray(rollouts.lengths)
+  assert lengths.min() < 4 and lengths.max() == 9
+  learner = trainer.response_logprobs(policy, rollouts)
+  # A window one token wider is off by more than 0.1.
+  assert_close(rollouts.logprobs, learner)
 
 
 def test_packed_segments_equal_separate_rows(policy):
@@ -719,20 +733,20 @@ def numpy_attention(query, key, value, mask):
   """One query, one head at a time, in float64; head h reads key-value head h // R."""
   B, T, H, E = query.shape
   query, key, value = (x.astype(np.float64) for x in (query, key, value))
-  repeats = H // key.shape[2]
+  repeats = H // key.shape[1]
   out = np.zeros((B, T, H, value.shape[-1]))
   for b, t, h in np.ndindex(B, T, H):
     seen = np.nonzero(mask[b, t])[0]
-    scores = key[b, seen, h // repeats] @ query[b, t, h] / np.sqrt(E)
+    scores = key[b, h // repeats, seen] @ query[b, t, h] / np.sqrt(E)
     weights = np.exp(scores - scores.max())
-    out[b, t, h] = weights / weights.sum() @ value[b, seen, h // repeats]
+    out[b, t, h] = weights / weights.sum() @ value[b, h // repeats, seen]
   return out
 
 
 def random_attention(B=6, T=4, S=7, H=6, K=2, E=10):
   random = np.random.default_rng(11)
   query = random.normal(size=(B, T, H, E)).astype(np.float32)
-  key, value = random.normal(size=(2, B, S, K, E)).astype(np.float32)
+  key, value = random.normal(size=(2, B, K, S, E)).astype(np.float32)
   mask = random.random((B, T, S)) < 0.6
   mask[..., 0] = True
   return 3 * query, key, value, mask
@@ -749,7 +763,7 @@ def test_attention_equals_a_loop_over_queries_and_heads():
 def test_split_keys_equal_keys_in_one_part():
   query, key, value, mask = random_attention()
   parts = [
-    Keys(key[:, i:j], value[:, i:j], mask[:, :, i:j])
+    Keys(key[:, :, i:j], value[:, :, i:j], mask[:, :, i:j])
     for i, j in [(0, 3), (3, 4), (4, 7)]
   ]
   expected = attention(query, [Keys(key, value, mask)])
@@ -783,6 +797,26 @@ def test_shared_keys_equal_repeated_keys():
   repeated = Keys(*(np.repeat(x, 3, axis=0) for x in (key, value, mask)))
   expected = attention(query, [repeated, own])
   assert_close(attention(query, [Keys(key, value, mask), own]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", ["in sequence", "by rows"])
+def test_window_counts_back_from_each_query_under_shared_keys(shared):
+  """Rows that share keys stand at different positions; the window moves with them."""
+  query, key, value, mask = random_attention(B=6, T=1, S=9)
+  key, value, mask = key[:2], value[:2], mask[:2]
+  entry = np.array(
+    [0, 0, 0, 1, 1, 1] if shared == "in sequence" else [1, 0, 1, 1, 0, 0]
+  )
+  key_positions = np.stack([np.arange(9), np.arange(9)[::-1]])  # in no order
+  positions, window = np.array([[3], [8], [5], [8], [11], [6]]), 4
+  seen = positions[:, :, None] - key_positions[entry][:, None] < window
+  seen = mask[entry] & seen
+  assert seen.any(-1).all() and (seen.sum(-1) < mask[entry].sum(-1)).any()
+  expected = numpy_attention(query, key[entry], value[entry], seen)
+  rows = None if shared == "in sequence" else entry[None]
+  part = Keys(key, value, mask, rows=rows, positions=key_positions)
+  actual = attention(query, [part], positions=positions, window=window)
+  assert_close(actual, expected, atol=1e-5)
 
 
 # --- numbers, devices, programs -----------------------------------------------------

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opo_jax import sharding
+from opo_jax import decoding, distribution, sampler, sharding
 from opo_jax.models import ModelConfig, Policy
-from opo_jax.sampler import _truncate, bucket, generate
+from opo_jax.rollouts import select
+from opo_jax.sampler import bucket, generate
 from opo_jax.trainer import response_logprobs
 
 CONFIG = ModelConfig(
@@ -57,6 +58,14 @@ def rows_of(rollouts):
   return result
 
 
+def assert_same(actual, expected):
+  """Tokens to the last one; log-probs to the rounding of products of other shapes."""
+  np.testing.assert_array_equal(actual.tokens, expected.tokens)
+  np.testing.assert_array_equal(actual.mask, expected.mask)
+  np.testing.assert_array_equal(actual.finished, expected.finished)
+  np.testing.assert_allclose(actual.logprobs, expected.logprobs, atol=2e-5)
+
+
 @pytest.fixture(scope="module")
 def rollouts():
   return sample(policy())
@@ -96,20 +105,130 @@ def test_recorded_logprobs_equal_the_learners(temperature):
   assert gap.max() < 1e-5
 
 
-def test_rollouts_do_not_depend_on_slots():
-  together = rows_of(sample(policy()))
-  for slots in (1, 6, 13):
-    assert rows_of(sample(policy(), slots=slots)) == together
+@pytest.mark.parametrize("slots", [1, 4, 7, 64])
+def test_rollouts_do_not_depend_on_slots(rollouts, slots):
+  """A refilled slot gives what a fresh slot gives, to the last response."""
+  refilled = sample(policy(), slots=slots)
+  assert_same(refilled, rollouts)
 
 
-def test_a_rollout_does_not_depend_on_the_other_samples():
-  many, few = rows_of(sample(policy())), rows_of(sample(policy(), samples_per_prompt=2))
-  assert few == {key: many[key] for key in few}
+def test_a_ring_that_grows_and_shrinks_changes_nothing(monkeypatch):
+  """Rings of 4, 8 … columns, against one that is wide enough from the start."""
+  limits = [1, 17, 3, 2, 2, 12, 1, 1, 2, 5, 9, 1]
+  options = dict(samples_per_prompt=3, max_new_tokens=limits, eos_ids=())
+  fixed = sample(policy(), **options)
+  np.testing.assert_array_equal(fixed.lengths, limits)
+
+  widths = []
+  resize = decoding.resize
+
+  def watched(slots, settings, num_slots, width):
+    widths.append(width)
+    return resize(slots, settings, num_slots, width)
+
+  monkeypatch.setattr(decoding, "resize", watched)
+  monkeypatch.setattr(decoding, "MIN_WIDTH", 4)
+  assert_same(sample(policy(), slots=2, **options), fixed)
+  growth = np.diff(widths)
+  assert (growth > 0).any() and (growth < 0).any(), widths
 
 
-def test_a_rollout_does_not_depend_on_the_prompts_after_it():
-  every, first = rows_of(sample(policy())), rows_of(sample(policy(), PROMPTS[:2]))
-  assert first == {key: every[key] for key in first}
+def test_the_ring_is_as_wide_as_the_responses_not_as_the_limit():
+  model = policy()
+  sampling = sampler._Sampling(model, PROMPTS, max_new_tokens=4096)
+  while sampling.advance():
+    pass
+  longest = int(sampling.rollouts(0).lengths.max())
+  assert longest < 64, "the test wants short responses"
+  assert sampling.slots.keys.shape[3] == 64
+
+
+def test_idle_slots_leave_the_batch_when_the_queue_is_empty():
+  limits = [1] * 63 + [40]
+  sampling = sampler._Sampling(
+    policy(), [[3]], samples_per_prompt=64, max_new_tokens=limits, eos_ids=(), seed=3
+  )
+  while sampling.advance():
+    pass
+  assert sampling.num_slots == 16
+  alone = sample(policy(), [[3]], samples_per_prompt=64, max_new_tokens=40, eos_ids=())
+  np.testing.assert_array_equal(
+    sampling.rollouts(0).tokens[-1], alone.tokens[-1], err_msg="moved, not changed"
+  )
+
+
+def test_a_shared_prompt_equals_a_repeated_prompt():
+  seeds = list(range(12))
+  shared = sample(policy(), PROMPTS[:2], seed=seeds)
+  repeated = sample(
+    policy(), [PROMPTS[0]] * 6 + [PROMPTS[1]] * 6, samples_per_prompt=1, seed=seeds
+  )
+  assert_same(repeated, shared)
+
+
+def test_the_order_of_prompts_changes_no_rollout():
+  seeds = np.arange(24).reshape(4, 6)
+  order = [2, 0, 3, 1]
+  there = sample(policy(), seed=seeds.reshape(-1), slots=5)
+  moved = sample(
+    policy(), [PROMPTS[i] for i in order], seed=seeds[order].reshape(-1), slots=5
+  )
+  back = np.argsort(np.repeat(np.array(order) * 6, 6) + np.tile(np.arange(6), 4))
+  assert_same(select(moved, back), there)
+
+
+def test_a_rollout_with_a_seed_of_its_own_can_be_sampled_alone():
+  together = sample(policy(), seed=list(range(24)))
+  alone = sample(policy(), [PROMPTS[2]], samples_per_prompt=1, seed=[15])
+  assert rows_of(alone)[0, 0] == rows_of(together)[2, 3]
+
+
+def test_streamed_tokens_are_those_of_generate():
+  options = dict(max_new_tokens=12, seed=5, eos_ids=())
+  pieces = list(sampler.stream(policy(), PROMPTS[0], every=4, **options))
+  whole = generate(policy(), PROMPTS[:1], **options)
+  assert list(itertools.chain(*pieces)) == rows_of(whole)[0, 0]
+  assert [len(piece) for piece in pieces] == [4, 4, 4]
+
+
+def test_steps_of_one_shape_compile_nothing_new():
+  """New prompts, counts within a bucket, temperatures, limits and seeds are data."""
+  model = policy()
+
+  def step(seed, prompts, **options):
+    options = {"temperature": 1.0, "max_new_tokens": [12] * 6 * len(prompts)} | options
+    sample(model, prompts, seed=seed, slots=4, **options)
+    return sampler.compiled_programs()
+
+  many = [[3 + i % 5] * (1 + i % 7) for i in range(17)]
+  first = step(1, many)
+  assert step(2, many[::-1]) == first
+  assert step(3, [*many, [4, 4]]) == first
+  assert step(4, many, temperature=0.7) == first
+  assert step(5, many, max_new_tokens=[12, 3] * 51) == first
+
+
+def test_a_stop_sequence_ends_a_response_and_belongs_to_it():
+  options = dict(eos_ids=(), max_new_tokens=40)
+  free = rows_of(sample(policy(), **options))
+  first = free[0, 0]
+  stop = [first[5:7], [first[2]]]  # two sequences, of two tokens and of one
+  stopped = sample(policy(), stop=stop, slots=3, **options)
+  ended = 0
+  for (row, response), done in zip(
+    rows_of(stopped).items(), np.asarray(stopped.finished), strict=True
+  ):
+    ends = [
+      end
+      for end in range(1, 41)
+      if any(free[row][max(end - len(s), 0) : end] == s for s in stop)
+    ]
+    assert done == bool(ends)
+    assert response == free[row][: ends[0] if ends else 40]
+    ended += done
+  assert 0 < ended < 24, "both kinds of row are needed here"
+  # Not the prompt's tokens: the first of two may not be found before the response.
+  assert all(len(response) > 1 or response[0] == first[2] for response in [first])
 
 
 def test_rollouts_do_not_depend_on_the_mesh():
@@ -178,7 +297,9 @@ def test_top_k_and_top_p_keep_what_they_say():
   kept = sample(model, top_k=1, samples_per_prompt=1)
   greedy = sample(model, temperature=0.0, samples_per_prompt=1)
   assert rows_of(kept) == rows_of(greedy)
-  np.testing.assert_allclose(kept.logprobs, 0.0, atol=1e-6)  # of what was sampled from
+  # One token is left over: certain in what was drawn from, not in the policy.
+  np.testing.assert_allclose(kept.sampling_logprobs, 0.0, atol=1e-6)
+  np.testing.assert_allclose(kept.logprobs, greedy.logprobs, atol=1e-6)
 
   nucleus = sample(model, [[6]], samples_per_prompt=400, max_new_tokens=1, top_p=0.6)
   probs = np.asarray(jax.nn.softmax(model.logits(jnp.array([[6]]))[0, -1]))
@@ -187,14 +308,15 @@ def test_top_k_and_top_p_keep_what_they_say():
   assert set(np.asarray(nucleus.tokens)[:, 0].tolist()) == set(order[:size].tolist())
   drawn = np.asarray(nucleus.tokens)[:, 0]
   expected = np.log(probs[drawn] / probs[order[:size]].sum())
-  np.testing.assert_allclose(nucleus.logprobs[:, 0], expected, atol=1e-5)
+  np.testing.assert_allclose(nucleus.sampling_logprobs[:, 0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 0.9), (50, 0.5), (0, 0.95), (7, 1.0)])
 def test_truncation_keeps_what_a_plain_reference_keeps(top_k, top_p):
   """On many rows: a threshold normalised apart loses a token now and then."""
   logits = 2.0 * jax.random.normal(jax.random.key(0), (2000, 200))
-  kept = np.isfinite(_truncate(jax.nn.log_softmax(logits), top_k, top_p))
+  filters = distribution.make(200, top_k=top_k, top_p=top_p)
+  kept = np.asarray(distribution.kept(logits, filters))
   descending = np.sort(np.asarray(logits, np.float64), axis=1)[:, ::-1]
   descending[:, top_k or 200 :] = -np.inf
   probs = np.exp(descending - descending[:, :1])

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from opo_jax import losses, sharding, trainer
+from opo_jax import build, config, losses, sharding, trainer
 from opo_jax.advantages import ESTIMATORS
 from opo_jax.models import ModelConfig, Policy
 from opo_jax.sampler import generate
@@ -127,9 +127,57 @@ def test_onpolicy_gap_and_clip_fraction_are_zero(reference):
   assert abs(metrics["onpolicy/kl"]) < 1e-8
 
 
-def test_ppo_clip_has_the_same_gradient_on_policy(reference):
-  clipped = dataclasses.replace(OPO, objective=losses.ppo_clip)
-  assert_same(step(clipped)[0], reference[0], 1e-5)
+@pytest.mark.parametrize("name", sorted(set(trainer.OBJECTIVES) - {"policy_gradient"}))
+def test_every_objective_has_the_same_gradient_on_policy(name, reference):
+  other = dataclasses.replace(OPO, objective=trainer.OBJECTIVES[name])
+  gradient, metrics, _ = step(other)
+  assert_same(gradient, reference[0], 1e-5)
+  assert metrics["onpolicy/clip_fraction"] == 0
+
+
+def test_tis_weighs_by_how_much_likelier_the_learner_finds_a_token(reference):
+  """A sampler that reports each log-prob 0.2 too low: exp(0.2) = 1.22, or the cap."""
+  rollouts, rewards = batch()
+  shifted = dataclasses.replace(rollouts, logprobs=rollouts.logprobs - 0.2)
+  tis = functools.partial(trainer.OBJECTIVES["tis"], cap=1.1)
+  capped, metrics, _ = step(
+    dataclasses.replace(OPO, objective=tis), rollouts=shifted, rewards=rewards
+  )
+  assert_same(capped, 1.1 * reference[0], 1e-5)
+  assert metrics["onpolicy/clip_fraction"] > 0.1  # 1.22 is outside of PPO's bounds
+
+
+def test_constant_aggregation_divides_by_rows_times_longest_response(reference):
+  """32 rows x 10 tokens, in 4 micro-batches, where token_mean divides by tokens."""
+  run = config.Config(
+    algorithm=config.Algorithm(aggregation="constant", micro_batches=4),
+    rollout=config.Rollout(prompts_per_step=8, group_size=4, max_new_tokens=10),
+  )
+  algorithm = build._algorithm(run)
+  assert algorithm.normalizer == 320
+  tokens = float(batch()[0].mask.sum())
+  assert tokens < 300
+  assert_same(step(algorithm)[0], reference[0] * tokens / 320)
+  # Two updates share the rows, and each has its own denominator.
+  halves = dataclasses.replace(run.algorithm, loss="cispo", updates_per_batch=2)
+  run = dataclasses.replace(run, algorithm=halves)
+  assert build._algorithm(run).normalizer == 160
+
+
+def test_options_of_a_loss_reach_it_and_those_left_out_stay_its_own():
+  def options(**algorithm):
+    run = config.Config(algorithm=config.Algorithm(**algorithm))
+    return build._algorithm(run).objective.keywords
+
+  assert options(loss="gspo") == {}
+  assert options(loss="ppo_clip", clip_high=0.28) == {"clip_high": 0.28}
+  assert options(loss="cispo", clip_low=0.5, tis_cap=3.0) == {"clip_low": 0.5}
+  assert options(loss="tis", clip_low=0.5, tis_cap=3.0) == {"cap": 3.0}
+  assert options(loss="policy_gradient", clip_low=0.5, tis_cap=3.0) == {}
+  with pytest.raises(ValueError, match=r"--algorithm.loss has no 'gspoo'; .*gspo"):
+    options(loss="gspoo")
+  with pytest.raises(ValueError, match=r"--algorithm.advantage has no 'opo_lo'; .*opo"):
+    options(advantage="opo_lo")
 
 
 @pytest.mark.parametrize("parts", [2, 4, 16])
@@ -247,12 +295,16 @@ def test_several_updates_leave_the_policy_and_are_clipped():
 
 def test_clip_fraction_counts_by_the_configured_bounds():
   """Ratios of exp(0.2) = 1.22 are outside of 0.2 and inside of 0.28."""
-  rollouts, _ = batch()
+  rollouts, rewards = batch()
   shifted = dataclasses.replace(rollouts, logprobs=rollouts.logprobs - 0.2)
   fractions = [
-    step(dataclasses.replace(OPO, clip=(0.2, high)), rollouts=shifted)[1][
-      "onpolicy/clip_fraction"
-    ]
+    step(
+      dataclasses.replace(
+        OPO, objective=functools.partial(losses.ppo_clip, clip_high=high)
+      ),
+      rollouts=shifted,
+      rewards=rewards,
+    )[1]["onpolicy/clip_fraction"]
     for high in (0.2, 0.28)
   ]
   assert fractions[0] > 0.1 and fractions[1] == 0

@@ -66,7 +66,7 @@ class Attention(nnx.Module):
     self.key_norm = RMSNorm(E, config.norm_epsilon) if config.qk_norm else None
     self.head_dim = E
 
-  def __call__(self, x_BTD, rotation, masks, cache):
+  def __call__(self, x_BTD, positions_BT, rotation, mask_BTT, cache, window):
     B, T, _ = x_BTD.shape
 
     def heads(projection, norm=None):
@@ -74,15 +74,11 @@ class Attention(nnx.Module):
       return x_BTHE if norm is None else norm(x_BTHE)
 
     query_BTHE = rotate(heads(self.query, self.query_norm), rotation)
-    key_BTKE = rotate(heads(self.key, self.key_norm), rotation)
-    value_BTKE = heads(self.value)
-    keys_values = [*cache, (key_BTKE, value_BTKE)]
-    parts = [
-      Keys(key, value, mask)
-      for (key, value), mask in zip(keys_values, masks, strict=True)
-    ]
-    out = self.out(attention(query_BTHE, parts).reshape(B, T, -1))
-    return out, (key_BTKE, value_BTKE)
+    key_BKTE = rotate(heads(self.key, self.key_norm), rotation).swapaxes(1, 2)
+    value_BKTE = heads(self.value).swapaxes(1, 2)
+    parts = [*cache, Keys(key_BKTE, value_BKTE, mask_BTT, positions=positions_BT)]
+    out_BTHE = attention(query_BTHE, parts, positions=positions_BT, window=window)
+    return self.out(out_BTHE.reshape(B, T, -1)), (key_BKTE, value_BKTE)
 
 
 class MLP(nnx.Module):
@@ -108,8 +104,8 @@ class Block(nnx.Module):
     self.mlp_norm = RMSNorm(config.width, config.norm_epsilon)
     self.mlp = MLP(config, mlp_key)
 
-  def __call__(self, x_BTD, rotation, masks, cache):
-    out, key_value = self.attention(self.attention_norm(x_BTD), rotation, masks, cache)
+  def __call__(self, x_BTD, *layout):
+    out, key_value = self.attention(self.attention_norm(x_BTD), *layout)
     x_BTD = x_BTD + out
     return x_BTD + self.mlp(self.mlp_norm(x_BTD)), key_value
 
@@ -178,12 +174,12 @@ class Policy(nnx.Module):
       positions_BT: int32, for the rotary embedding.
       segment_ids_BT: a token attends to earlier columns of its own segment; 0 is
         padding. All one segment where it is None.
-      cache: further keys to attend to: key and value [L, C, S, K, E], mask [C, 1, S];
+      cache: further keys to attend to: key and value [L, C, K, S, E], mask [C, 1, S];
         positions [C, S] where the model has a sliding window.
       remat: recompute each layer in the backward pass instead of keeping it.
 
     Returns:
-      hidden [B, T, D], and the new (keys, values), each [L, B, T, K, E].
+      hidden [B, T, D], and the new (keys, values), each [L, B, K, T, E].
     """
     config, (B, T) = self.config, tokens_BT.shape
     mask_BTT = jnp.tril(jnp.ones((T, T), bool))[None]
@@ -191,8 +187,6 @@ class Policy(nnx.Module):
       mask_BTT &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     else:
       mask_BTT = jnp.broadcast_to(mask_BTT, (B, T, T))
-    masks = [*(part.mask for part in cache), mask_BTT]
-    key_positions = [*(part.positions for part in cache), positions_BT]
     rotation = rotary(
       positions_BT, config.head_dim, config.rope_theta, config.rope_scaling
     )
@@ -201,13 +195,11 @@ class Policy(nnx.Module):
 
     def layer(x_BTD, inputs):
       block, keys_values, window = inputs
-      seen = masks
-      if window is not None:
-        seen = [
-          _slide(mask, window, positions_BT, positions)
-          for mask, positions in zip(masks, key_positions, strict=True)
-        ]
-      x_BTD, key_value = block(x_BTD, rotation, seen, keys_values)
+      parts = [
+        part._replace(key=key, value=value)
+        for part, (key, value) in zip(cache, keys_values, strict=True)
+      ]
+      x_BTD, key_value = block(x_BTD, positions_BT, rotation, mask_BTT, parts, window)
       return sharding.constrain(x_BTD, self.mesh, "batch", None, None), key_value
 
     if remat:
@@ -260,18 +252,3 @@ class Policy(nnx.Module):
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return self.project(self.hidden(tokens, positions, segment_ids)[0])
-
-
-def _slide(mask, window, positions_BT, key_positions_CS):
-  """The mask [B, T, S] of a layer that sees less than `window` positions back."""
-  if key_positions_CS is None:
-    raise ValueError(
-      "This policy has a sliding window; give the positions of the keys in the cache"
-      " (Keys.positions)."
-    )
-  # A group's rows share keys, and may stand at different positions.
-  repeats = positions_BT.shape[0] // key_positions_CS.shape[0]
-  key_positions_BS = jnp.repeat(key_positions_CS, repeats, axis=0)
-  distances_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
-  mask = jnp.repeat(mask, positions_BT.shape[0] // mask.shape[0], axis=0)
-  return mask & (distances_BTS < window)

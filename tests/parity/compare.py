@@ -144,8 +144,10 @@ def _cached(policy, inputs):
     policy, tokens[:, :P], positions[:, :P], segment_ids[:, :P]
   )
   out = [policy.project(hidden)]
-  prompt = Keys(keys, values, (segment_ids[:, :P] > 0)[:, None], positions[:, :P])
-  shape = (config.num_layers, B, T - P, config.num_kv_heads, config.head_dim)
+  prompt = Keys(
+    keys, values, (segment_ids[:, :P] > 0)[:, None], positions=positions[:, :P]
+  )
+  shape = (config.num_layers, B, config.num_kv_heads, T - P, config.head_dim)
   keys, values = jnp.zeros(shape, keys.dtype), jnp.zeros(shape, values.dtype)
 
   @jax.jit
@@ -154,9 +156,9 @@ def _cached(policy, inputs):
     hidden, (key, value) = policy.hidden(
       token[:, None],
       jax.lax.dynamic_slice_in_dim(positions, P + t, 1, axis=1),
-      cache=(prompt, Keys(keys, values, written[:, None], positions[:, P:])),
+      cache=(prompt, Keys(keys, values, written[:, None], positions=positions[:, P:])),
     )
-    column = (0, 0, t, 0, 0)
+    column = (0, 0, 0, t, 0)
     keys = jax.lax.dynamic_update_slice(keys, key, column)
     values = jax.lax.dynamic_update_slice(values, value, column)
     return policy.project(hidden), keys, values

@@ -1,0 +1,41 @@
+"""What importing the algorithm costs beside importing JAX, in ms.
+
+    python benchmarks/imports.py [--repeats 5]
+
+Each figure is from one process of its own (`python -X importtime`): the time of the
+room with all it imports, and of that what `import jax` and `import jax.numpy` took. The
+least of several, as a busy machine only ever adds. The promise is: JAX plus 200 ms.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+
+ROOMS = ("opo_jax.advantages", "opo_jax.losses", "opo_jax.logprobs")
+
+
+def milliseconds(module):
+  """(the import of the module with all it imports, that of JAX)."""
+  command = [sys.executable, "-X", "importtime", "-c", f"import jax, {module}"]
+  done = subprocess.run(command, capture_output=True, text=True, check=True)
+  # import time: self [us] | cumulative | imported package, nested ones first, indented.
+  lines = re.findall(r"^import time:\s*\d+ \|\s*(\d+) \|( +)(\S+)$", done.stderr, re.M)
+  outer = {name: int(time) / 1e3 for time, indent, name in lines if len(indent) == 1}
+  room = sum(time for name, time in outer.items() if name.startswith("opo_jax"))
+  return room + outer["jax"], outer["jax"]
+
+
+def main(repeats: int) -> None:
+  print("room                  import jax    and the room    on top of jax")
+  for module in ROOMS:
+    runs = [milliseconds(module) for _ in range(repeats)]
+    both, jax = (min(column) for column in zip(*runs, strict=True))
+    extra = min(both - jax for both, jax in runs)
+    print(f"{module:20} {jax:8.0f} ms {both:12.0f} ms {extra:13.1f} ms")
+
+
+if __name__ == "__main__":
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--repeats", type=int, default=5)
+  main(parser.parse_args().repeats)
