@@ -1,21 +1,34 @@
 """Log-prob, entropy and logit energy per token, without all logits at once.
 
 The logits of a long batch, `[tokens, V]`, are the largest array of the whole update
-and nothing needs them together. Here a block of token positions is projected,
-reduced to three numbers a token, and forgotten; the backward pass projects it again.
+and nothing needs them together. Here the vocabulary goes by in blocks: one is
+projected, summed up in five numbers a token, and forgotten; the sums of all blocks
+merge as log-sum-exps do. The backward pass projects each block again.
+
+The blocks are of the vocabulary, not of the tokens, because a block of words then gets
+its whole gradient from one matmul: nothing of the size [V, D] is read and written per
+block, and where the batch is sharded each word's gradient crosses devices once.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-# Logits alive at a time. 2^25 float32 are 128 MiB, enough rows for a full matmul.
-BLOCK_LOGITS = 2**25
+# Logits alive at a time (2^25 float32 are 128 MiB), but never fewer words than make a
+# large matmul.
+BLOCK_LOGITS, MIN_BLOCK = 2**25, 2048
+# Blocks of more words are whole tiles of the matmul units.
+TILE = 128
+# The logit of a word that does not count: exp gives 0, and 0 times it is 0, not NaN.
+ABSENT = -1e9
 
 
 class TokenStats(NamedTuple):
-  """Per token, float32: of the distribution `softmax(z / temperature)`.
+  """Per token, float32: of the distribution `pi = softmax(z / temperature)`.
 
   Attributes:
     logprob: log pi(target).
@@ -35,74 +48,291 @@ def linear_logprobs(
   targets: jax.Array,
   *,
   temperature: float | jax.Array = 1.0,
-  block_logits: int = BLOCK_LOGITS,
+  vocab_size: int | None = None,
+  vocab_shards: int = 1,
+  block_size: int | None = None,
 ) -> TokenStats:
   """Statistics of the targets under `softmax(hidden @ unembedding.T / temperature)`.
 
+  With z the scaled logits, pi their softmax and y the target, the gradients are
+
+      d logprob / dz_v = [v = y] - pi_v
+      d entropy / dz_v = -pi_v (log pi_v + entropy)
+      d energy  / dz_v = 2 pi_v (pi_v - sum pi^2) - 2 pi_y ([v = y] - pi_v)
+
+  exact for hidden, unembedding and temperature. They come by `jax.grad` and `jax.vjp`,
+  under `jit`, `vmap`, `scan` and `checkpoint` too; forward mode (`jax.jvp`, and with it
+  a second derivative) is not there.
+
+  Factors in bfloat16 or float16 are multiplied as such and summed in float32, in the
+  backward pass too, where the gradient of the logits is one of them. All else is
+  float32, and float32 factors are multiplied at the highest precision.
+
   Args:
-    hidden: [..., T, D], any float dtype.
-    unembedding: [V, D].
-    targets: [..., T] integers in `[0, V)`.
-    temperature: the sampler's, above 0: it is part of the distribution.
-    block_logits: how many logits may live at a time. Blocks run over T alone, so that
-      leading axes stay sharded as they are.
+    hidden: [..., D], any float dtype.
+    unembedding: [V, D], any float dtype. A tied table is simply given here as well:
+      its two gradients add up.
+    targets: [...] integers in `[0, vocab_size)`. Another one makes its log-prob and
+      energy NaN; a loss that masks such tokens with `where` has finite gradients.
+    temperature: the sampler's, a number or scalar above 0: part of the distribution.
+    vocab_size: rows of the unembedding from here on are padding and have no
+      probability and no gradient. All count by default.
+    vocab_shards: in how many parts the rows of the unembedding lie on different
+      devices, the mesh's size along `tensor`. Blocks are cut inside each part, so that
+      no device needs the rows of another. Only the time depends on it.
+    block_size: words of each part that are projected at a time. The default keeps 2^25
+      logits, but at least 2,048 words in all. Only time and memory depend on it.
 
   Returns:
-    TokenStats of arrays [..., T], float32.
+    TokenStats of arrays [...], float32.
 
   Raises:
-    ValueError: shapes that do not fit.
+    ValueError: shapes or dtypes that do not fit, sizes out of range, and, where they
+      are NumPy arrays or plain numbers, targets or a temperature out of range.
+
+  >>> hidden, unembedding = jnp.ones((2, 3, 4)), jnp.zeros((10, 4))
+  >>> stats = linear_logprobs(hidden, unembedding, jnp.zeros((2, 3), int))
+  >>> [f"{x[0, 0]:.3f}" for x in stats]  # -log 10, log 10, 1 - 2/10 + 10/100
+  ['-2.303', '2.303', '0.900']
   """
-  if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != unembedding.shape[-1]:
+  _check(hidden, unembedding, targets, temperature, vocab_size, vocab_shards)
+  if block_size is not None and block_size < 1:
+    raise ValueError(f"Expected a block_size of at least 1 word, got {block_size}.")
+  num_tokens, (num_words, width) = np.size(targets), np.shape(unembedding)
+  shard = num_words // vocab_shards
+  if block_size is None:
+    words = max(MIN_BLOCK, BLOCK_LOGITS // max(num_tokens, 1)) // vocab_shards
+    # Blocks of about one size, so that the last is not nearly empty.
+    blocks = -(-shard // max(words, TILE))
+    block_size = -(-shard // (blocks * TILE)) * TILE
+  block_size = min(block_size, shard)
+  blocking = _Blocking(vocab_size or num_words, block_size, -(-shard // block_size))
+  dtype = jnp.result_type(hidden, unembedding)
+  dtype = dtype if dtype.itemsize == 2 else jnp.float32
+  stats = _token_stats(
+    blocking,
+    jnp.reshape(hidden, (num_tokens, width)).astype(dtype),
+    jnp.reshape(unembedding, (vocab_shards, shard, width)).astype(dtype),
+    jnp.reshape(targets, num_tokens),
+    jnp.asarray(temperature, jnp.float32),
+  )
+  return jax.tree.map(lambda x: x.reshape(np.shape(targets)), stats)
+
+
+def _check(hidden, unembedding, targets, temperature, vocab_size, vocab_shards):
+  shapes = np.shape(hidden), np.shape(unembedding), np.shape(targets)
+  fits = len(shapes[1]) == 2 and shapes[0] == (*shapes[2], shapes[1][1])
+  if not fits or not shapes[1][0]:
     raise ValueError(
-      "Expected hidden[..., T, D], unembedding[V, D], targets[..., T], got"
-      f" {hidden.shape}, {unembedding.shape}, {targets.shape}."
+      "Expected hidden[..., D], unembedding[V, D], targets[...], got"
+      f" {shapes[0]}, {shapes[1]}, {shapes[2]}."
     )
-  num_tokens = targets.shape[-1]
-  rows = targets.size // max(num_tokens, 1)
-  block = max(1, min(num_tokens, block_logits // max(rows * unembedding.shape[0], 1)))
-  if block >= num_tokens:
-    return _token_stats(hidden, unembedding, targets, temperature)
+  dtypes = [jnp.result_type(x) for x in (hidden, unembedding, targets)]
+  kinds = jnp.floating, jnp.floating, jnp.integer
+  if not all(map(jnp.issubdtype, dtypes, kinds)):
+    raise ValueError(
+      "Expected hidden and unembedding of a float dtype and integer targets, got"
+      f" {dtypes[0]}, {dtypes[1]}, {dtypes[2]}."
+    )
+  num_words = shapes[1][0]
+  if vocab_size is not None and not 0 < vocab_size <= num_words:
+    raise ValueError(
+      f"Expected a vocab_size of 1 to {num_words}, the rows of the unembedding"
+      f" {shapes[1]}, got {vocab_size}."
+    )
+  if vocab_shards < 1 or num_words % vocab_shards:
+    raise ValueError(
+      f"The unembedding {shapes[1]} does not divide into vocab_shards={vocab_shards};"
+      " use the size of the mesh axis its rows lie on."
+    )
+  if isinstance(targets, np.ndarray) and targets.size:
+    lowest, highest = targets.min(), targets.max()
+    if lowest < 0 or highest >= (vocab_size or num_words):
+      raise ValueError(
+        f"Expected targets {shapes[2]} in [0, {vocab_size or num_words}), got"
+        f" {lowest} to {highest}."
+      )
+  plain = isinstance(temperature, (int, float))
+  if np.shape(temperature) or (plain and not temperature > 0):
+    got = temperature if plain else f"an array of shape {np.shape(temperature)}"
+    raise ValueError(f"Expected a scalar temperature above 0, got {got}.")
 
-  @jax.checkpoint
-  def stats_of_block(block_inputs):
-    hidden, targets = block_inputs
-    return _token_stats(hidden, unembedding, targets, temperature)
 
-  blocks = -(-num_tokens // block)
-  padding = blocks * block - num_tokens
-
-  def split(array, axis):
-    pad = [(0, 0)] * array.ndim
-    pad[axis] = (0, padding)
-    shape = (*array.shape[:axis], blocks, block, *array.shape[axis + 1 :])
-    return jnp.moveaxis(jnp.pad(array, pad).reshape(shape), axis, 0)
-
-  axis = targets.ndim - 1
-  stats = jax.lax.map(stats_of_block, (split(hidden, axis), split(targets, axis)))
-
-  def join(array):
-    array = jnp.moveaxis(array, 0, axis)
-    return array.reshape(*targets.shape[:-1], blocks * block)[..., :num_tokens]
-
-  return jax.tree.map(join, stats)
+class _Blocking(NamedTuple):
+  vocab_size: int
+  block_size: int
+  num_blocks: int  # of each shard
 
 
-def _token_stats(hidden, unembedding, targets, temperature):
+class _Sums(NamedTuple):
+  """Over a set of words, of their scaled logits z; each [..., tokens]."""
+
+  top: jax.Array  # max z
+  mass: jax.Array  # sum exp(z - top)
+  moment: jax.Array  # sum (z - top) exp(z - top)
+  square: jax.Array  # sum exp(2 (z - top))
+  target: jax.Array  # z of the target, 0 where it is not in the set
+
+
+def _union(sums: _Sums) -> _Sums:
+  """Sums over the union of the sets along the two leading axes."""
+  axes = (0, 1)
+  top = sums.top.max(axes)
+  shift = sums.top - top
+  scale = jnp.exp(shift)
+  return _Sums(
+    top,
+    mass=(scale * sums.mass).sum(axes),
+    moment=(scale * (sums.moment + shift * sums.mass)).sum(axes),
+    square=(scale**2 * sums.square).sum(axes),
+    target=sums.target.sum(axes),
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_stats(blocking, hidden_TD, table_SVD, targets_T, temperature):
+  """`linear_logprobs` of one row of tokens, the unembedding in S shards."""
+  return _forward(blocking, hidden_TD, table_SVD, targets_T, temperature)[0]
+
+
+def _forward(blocking, hidden_TD, table_SVD, targets_T, temperature):
+  def sums_of_shard(table_VD, first_id):
+    def sums_of_block(index):
+      block = _block(blocking, table_VD, first_id, targets_T, index)
+      logits_TW = _logits(hidden_TD, block, temperature)
+      top_T = logits_TW.max(1)
+      shifted_TW = logits_TW - top_T[:, None]
+      mass_TW = jnp.exp(shifted_TW)
+      return _Sums(
+        top_T,
+        mass=mass_TW.sum(1),
+        moment=(shifted_TW * mass_TW).sum(1),
+        square=(mass_TW * mass_TW).sum(1),
+        target=jnp.where(block.is_target_TW, logits_TW, 0.0).sum(1),
+      )
+
+    return jax.lax.map(sums_of_block, jnp.arange(blocking.num_blocks))
+
+  sums = _union(_per_shard(sums_of_shard, table_SVD))
+  log_mass = jnp.log(sums.mass)
+  known = (targets_T >= 0) & (targets_T < blocking.vocab_size)
+  # Not target - (top + log_mass): the sum would round to the ulp of the largest logit.
+  logprob = jnp.where(known, (sums.target - sums.top) - log_mass, jnp.nan)
+  collision = sums.square / sums.mass**2
+  energy = jnp.maximum(1.0 - 2.0 * jnp.exp(logprob) + collision, 0.0)
+  stats = TokenStats(logprob, log_mass - sums.moment / sums.mass, energy)
+  kept = sums.top, log_mass, collision, stats
+  return stats, (hidden_TD, table_SVD, targets_T, temperature, kept)
+
+
+def _backward(blocking, residuals, cotangents):
+  hidden_TD, table_SVD, targets_T, temperature, kept = residuals
+  top, log_mass, collision, stats = kept
+  by_logprob, by_entropy, by_energy = cotangents
+  # The three gradients in one: [v = y] at_target - pi_v (everywhere
+  # + by_entropy log pi_v - 2 by_energy pi_v). A target that is no word has no pi_y.
+  at_target = by_logprob - 2.0 * by_energy * jnp.nan_to_num(jnp.exp(stats.logprob))
+  everywhere = at_target + by_entropy * stats.entropy + 2.0 * by_energy * collision
+
+  def grads_of_shard(table_VD, first_id):
+    def grads_of_block(grads, index):
+      hidden_grad_TD, table_grad_VD = grads
+      block = _block(blocking, table_VD, first_id, targets_T, index)
+      logits_TW = _logits(hidden_TD, block, temperature)
+      logprobs_TW = (logits_TW - top[:, None]) - log_mass[:, None]
+      probs_TW = jnp.exp(logprobs_TW)
+      logits_grad_TW = jnp.where(block.is_target_TW, at_target[:, None], 0.0)
+      logits_grad_TW -= probs_TW * (
+        everywhere[:, None]
+        + by_entropy[:, None] * logprobs_TW
+        - (2.0 * by_energy)[:, None] * probs_TW
+      )
+      factor_TW = (logits_grad_TW / temperature).astype(hidden_TD.dtype)
+      hidden_grad_TD += _product("tw,wd->td", factor_TW, block.words_WD)
+      words_grad_WD = _product("wt,td->wd", _transpose(factor_TW), hidden_TD)
+      # Where the first two blocks overlap, the second one's rows are complete.
+      table_grad_VD = jax.lax.dynamic_update_slice_in_dim(
+        table_grad_VD, words_grad_WD.astype(table_VD.dtype), block.start, 0
+      )
+      return (hidden_grad_TD, table_grad_VD), None
+
+    zeros = jnp.zeros(hidden_TD.shape, jnp.float32), jnp.zeros_like(table_VD)
+    return jax.lax.scan(grads_of_block, zeros, jnp.arange(blocking.num_blocks))[0]
+
+  hidden_grad_STD, table_grad_SVD = _per_shard(grads_of_shard, table_SVD)
+  hidden_grad_TD = hidden_grad_STD.sum(0)
+  # hidden and 1 / temperature only occur as a product (Euler's theorem).
+  by_temperature = -jnp.vdot(hidden_grad_TD, hidden_TD.astype(jnp.float32))
+  by_temperature /= temperature
+  return hidden_grad_TD.astype(hidden_TD.dtype), table_grad_SVD, None, by_temperature
+
+
+_token_stats.defvjp(_forward, _backward)
+
+
+def _per_shard(function: Callable[[jax.Array, Any], Any], table_SVD):
+  """`function(table[V, D], id of its first word)` of each shard, stacked."""
+  num_shards, shard, _ = table_SVD.shape
+  if num_shards == 1:  # a leading axis of 1 keeps XLA's CPU loops on one core
+    return jax.tree.map(lambda x: x[None], function(table_SVD[0], 0))
+  return jax.vmap(function)(table_SVD, shard * jnp.arange(num_shards))
+
+
+class _Block(NamedTuple):
+  start: jax.Array  # its first row in the shard
+  words_WD: jax.Array
+  counts_W: jax.Array  # is a word, and of no other block
+  is_target_TW: jax.Array
+
+
+def _block(blocking, table_VD, first_id, targets_T, index):
+  """Blocks end where the shard ends; the first one may overlap the second."""
+  size = blocking.block_size
+  end = table_VD.shape[0] - (blocking.num_blocks - 1 - index) * size
+  start = jnp.maximum(end - size, 0)
+  row_W = start + jnp.arange(size)
+  counts_W = (row_W < end) & (first_id + row_W < blocking.vocab_size)
+  is_target_TW = counts_W & (first_id + row_W == targets_T[:, None])
+  return _Block(start, _rows(table_VD, start, size), counts_W, is_target_TW)
+
+
+def _logits(hidden_TD, block, temperature):
+  logits_TW = _product("td,wd->tw", hidden_TD, block.words_WD)
+  return jnp.where(block.counts_W, logits_TW / temperature, ABSENT)
+
+
+def _product(subscripts, left, right):
   # float32 means float32: accelerators would otherwise round the factors.
-  precision = "highest" if hidden.dtype == jnp.float32 else None
-  logits = jnp.einsum(
-    "...d,vd->...v",
-    hidden,
-    unembedding,
-    precision=precision,
+  return jnp.einsum(
+    subscripts,
+    left,
+    right,
+    precision="highest" if left.dtype == jnp.float32 else None,
     preferred_element_type=jnp.float32,
   )
-  logprobs = jax.nn.log_softmax(logits / temperature, axis=-1)
-  probs = jnp.exp(logprobs)
-  logprob = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
-  return TokenStats(
-    logprob=logprob,
-    entropy=-jnp.sum(probs * logprobs, axis=-1),
-    energy=1.0 - 2.0 * jnp.exp(logprob) + jnp.sum(probs**2, axis=-1),
-  )
+
+
+def _rows(table_VD, start, size):
+  def plain(table_VD, start):
+    return jax.lax.dynamic_slice_in_dim(table_VD, start, size)
+
+  def as_bits(table_VD, start):
+    # XLA's CPU compiler slices 16-bit floats by way of float32, of the whole table.
+    table_VD, start = jax.lax.optimization_barrier((table_VD, start))
+    bits = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)
+    return jax.lax.bitcast_convert_type(plain(bits, start), table_VD.dtype)
+
+  if table_VD.dtype == jnp.float32:
+    return plain(table_VD, start)
+  return jax.lax.platform_dependent(table_VD, start, cpu=as_bits, default=plain)
+
+
+def _transpose(x):
+  def written(x):
+    # XLA's CPU compiler multiplies a transposed 16-bit factor in float32, at half the
+    # speed. The extra axis keeps it from seeing that this is one.
+    return jax.lax.optimization_barrier(x[None].transpose(0, 2, 1))[0]
+
+  if x.dtype == jnp.float32:
+    return x.T
+  return jax.lax.platform_dependent(x, cpu=written, default=jnp.transpose)

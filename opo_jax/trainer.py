@@ -277,7 +277,11 @@ def token_stats(policy, rows: Rows, tokens, temperature, remat=False) -> TokenSt
     # A column predicts the next one, and responses start at column P.
     start = rows.tokens.shape[1] - tokens.shape[1] - 1
     return linear_logprobs(
-      hidden[:, start:-1], policy.unembedding, tokens, temperature=temperature
+      hidden[:, start:-1],
+      policy.unembedding,
+      tokens,
+      temperature=temperature,
+      vocab_shards=1 if policy.mesh is None else policy.mesh.shape["tensor"],
     )
 
 
