@@ -21,7 +21,7 @@ from opo_jax.models import hf
 from opo_jax.models.attention import Keys, attention
 from opo_jax.models.card import model_card
 from opo_jax.models.config_json import config_from, config_to, read_config
-from opo_jax.models.rope import YarnScaling
+from opo_jax.models.rope import Llama3Scaling, YarnScaling
 from opo_jax.models.transformer import Policy
 from opo_jax.rollouts import prompt_columns
 
@@ -286,6 +286,51 @@ def test_missing_fields_mean_what_they_mean_to_transformers():
   sliding = dict(model_type="qwen3", num_key_value_heads=4, use_sliding_window=True)
   assert config_from(sizes | sliding).sliding_layers == tuple(range(28, 40))
   assert config_from(sizes | sliding).sliding_window == 4096
+
+
+def test_configs_as_the_hub_has_them_are_read():
+  shared = dict(
+    attention_dropout=0.0, hidden_act="silu", initializer_range=0.02, use_cache=True,
+    torch_dtype="bfloat16", transformers_version="4.44.0", tie_word_embeddings=False,
+  )  # fmt: skip
+  r1_qwen_7b = shared | dict(
+    architectures=["Qwen2ForCausalLM"], model_type="qwen2", bos_token_id=151643,
+    eos_token_id=151643, hidden_size=3584, intermediate_size=18944, vocab_size=152064,
+    max_position_embeddings=131072, max_window_layers=28, num_attention_heads=28,
+    num_hidden_layers=28, num_key_value_heads=4, rms_norm_eps=1e-6, rope_theta=10000,
+    sliding_window=4096, use_mrope=False, use_sliding_window=False,
+  )  # fmt: skip
+  assert config_from(r1_qwen_7b) == models.ModelConfig(
+    152064, 3584, 18944, 28, 28, 4, 128, max_positions=131072, tie_embeddings=False
+  )
+  llama_31_8b = shared | dict(
+    architectures=["LlamaForCausalLM"], model_type="llama", attention_bias=False,
+    bos_token_id=128000, eos_token_id=[128001, 128008, 128009], hidden_size=4096,
+    intermediate_size=14336, max_position_embeddings=131072, mlp_bias=False,
+    num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=8,
+    pretraining_tp=1, rms_norm_eps=1e-5, rope_theta=500000.0, vocab_size=128256,
+    rope_scaling=dict(
+      factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+      original_max_position_embeddings=8192, rope_type="llama3",
+    ),
+  )  # fmt: skip
+  assert config_from(llama_31_8b) == models.ModelConfig(
+    128256, 4096, 14336, 32, 32, 8, 128, max_positions=131072, tie_embeddings=False,
+    rope_theta=500000.0, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192),
+    norm_epsilon=1e-5, qkv_bias=False,
+  )  # fmt: skip
+  qwen3_06b = shared | dict(
+    architectures=["Qwen3ForCausalLM"], model_type="qwen3", attention_bias=False,
+    bos_token_id=151643, eos_token_id=151645, head_dim=128, hidden_size=1024,
+    intermediate_size=3072, max_position_embeddings=40960, max_window_layers=28,
+    num_attention_heads=16, num_hidden_layers=28, num_key_value_heads=8,
+    rms_norm_eps=1e-6, rope_scaling=None, rope_theta=1000000, sliding_window=None,
+    tie_word_embeddings=True, use_sliding_window=False, vocab_size=151936,
+  )  # fmt: skip
+  assert config_from(qwen3_06b) == models.ModelConfig(
+    151936, 1024, 3072, 28, 16, 8, 128, max_positions=40960, rope_theta=1000000,
+    qkv_bias=False, qk_norm=True,
+  )  # fmt: skip
 
 
 def test_yarn_sharpens_attention_as_its_fields_say():
