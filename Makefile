@@ -5,7 +5,9 @@
 #   make eval RUN=runs/quickstart [ARGS="--eval.samples 16"]
 #   make sample RUN=runs/quickstart PROMPT="3 + 4"
 #   make report RUN=…       make export RUN=… OUT=directory
+#   make variance RUN=… [ARGS="--steps 0 60 120 --prompts 64"]
 #   make test               make lint               make bench
+#   make bench-peers        (the same beside TRL and Tunix, which get a .venv-peers)
 #   make test-parity        beside transformers; installs PyTorch into .venv-parity
 
 VENV ?= .venv
@@ -22,11 +24,12 @@ OPO := $(VENV)/bin/python -m opo_jax
 EXTRAS = $(if $(JAX_EXTRA),[$(JAX_EXTRA)])
 RUN ?= runs/$(EXP)
 
-.PHONY: train eval sample report export test test-parity parity-table lint bench clean
+.PHONY: train eval sample report variance export test test-parity parity-table lint \
+  bench bench-peers clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '4,9s/^# \{0,1\}//p' Makefile
+	@sed -n '4,11s/^# \{0,1\}//p' Makefile
 
 # One stamp for what running needs, one for what testing needs besides.
 INSTALLED := $(VENV)/.installed-$(or $(JAX_EXTRA),cpu)
@@ -57,6 +60,9 @@ sample: $(INSTALLED)
 
 report: $(INSTALLED)
 	@$(OPO) report "$(RUN)"
+
+variance: $(INSTALLED)
+	@$(OPO) variance "$(RUN)" $(ARGS)
 
 export: $(INSTALLED)
 	@test -n "$(OUT)" || { echo "error: where to? make export RUN=$(RUN) OUT=directory" >&2; exit 2; }
@@ -89,5 +95,22 @@ lint: $(VENV)/.installed-dev
 bench: $(INSTALLED)
 	@for file in benchmarks/*.py; do echo "== $$file"; $(VENV)/bin/python $$file || exit 1; done
 
+# The peers have a Python of their own (Tunix needs 3.12) and packages of their own.
+PEERS_VENV ?= .venv-peers
+PEERS_PYTHON ?= $(shell for p in python3.12 python3.13 python3 python; do \
+  $$p -c 'import sys; sys.exit(not (3, 12) <= sys.version_info < (3, 14))' 2>/dev/null \
+  && echo $$p && break; done)
+PEERS := benchmarks/peers/requirements.txt
+
+$(PEERS_VENV)/.installed: $(PEERS)
+	@test -n "$(PEERS_PYTHON)" || { echo "error: no Python 3.12 or 3.13 found, which Tunix needs; install one, or name it (make bench-peers PEERS_PYTHON=...)." >&2; exit 2; }
+	@echo "Installing TRL and Tunix into $(PEERS_VENV) (once; torch and JAX, minutes)"
+	@$(PEERS_PYTHON) -m venv --clear $(PEERS_VENV)
+	@$(PEERS_VENV)/bin/python -m pip install -q --disable-pip-version-check -r $(PEERS)
+	@touch $@
+
+bench-peers: $(INSTALLED) $(PEERS_VENV)/.installed
+	@for name in rollouts step; do echo "== benchmarks/$$name.py"; $(VENV)/bin/python benchmarks/$$name.py --peers $(PEERS_VENV)/bin/python $(ARGS) || exit 1; done
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS_VENV)

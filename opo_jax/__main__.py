@@ -1,10 +1,11 @@
-"""The commands: `python -m opo_jax {train,eval,sample,report,export}`.
+"""The commands: `python -m opo_jax {train,eval,sample,report,variance,export}`.
 
 Each imports what it needs when it is called, so that `--help` and a mistyped name
 answer at once. A mistake of the person's ends with one line and exit code 2.
 """
 
 import argparse
+import functools
 import importlib
 import logging
 import os
@@ -17,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """Runs a command; gives the exit code."""
   parser = argparse.ArgumentParser(prog="python -m opo_jax", description=__doc__)
   commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-  # `train NAME --help` and `eval RUN --help` show the config's flags.
+  # `train NAME --help`, `eval RUN --help` and `variance RUN --help` show their flags.
   add = commands.add_parser(
     "train", help="train an experiment, or go on with it", add_help=False
   )
@@ -27,15 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ("eval", "evaluate the last checkpoint of a run beside its start policy"),
     ("sample", "print an answer of a run's policy to a prompt, as it is sampled"),
     ("report", "write report.html and figures of a run"),
+    ("variance", "measure the gradient variance of every estimator on a run's policy"),
     ("export", "write a run's policy in the Hugging Face format"),
   ):
-    add = commands.add_parser(name, help=text, add_help=name not in ("eval", "sample"))
+    takes_flags = name in ("eval", "sample", "variance")
+    add = commands.add_parser(name, help=text, add_help=not takes_flags)
     add.add_argument("run", type=pathlib.Path, help="directory of the run")
     if name == "sample":
       add.add_argument("prompt", help="the question, before the chat template")
     if name == "export":
       add.add_argument("out", type=pathlib.Path, help="directory to write")
-  # What a command does not know is a flag over the fields of the config.
+  # What a command does not know is a flag over the fields of its config.
   known, flags = parser.parse_known_args(arguments)
   if flags and known.command in ("report", "export"):
     parser.error(f"{known.command} takes no further flags, got {' '.join(flags)}")
@@ -100,6 +103,27 @@ def report(known, flags) -> int:
   return 0
 
 
+def variance(known, flags) -> int:
+  config = _config_of(known.run)
+  from opo_jax import loop, plots
+  from opo_jax import variance as gradients
+
+  settings = _parse(gradients.Settings(), flags)
+  rows = loop.measure_variance(
+    config,
+    known.run,
+    functools.partial(gradients.measure, settings=settings),
+    steps=settings.steps,
+    prompts=settings.prompts,
+    samples=settings.samples,
+    seed=settings.seed,
+  )
+  gradients.show(rows)
+  figure = plots.variance_figure(rows, known.run / "figures" / "variance.png")
+  print(f"{known.run / 'variance.json'} and {figure}")
+  return 0
+
+
 def export(known, flags) -> int:
   config = _config_of(known.run)
   from opo_jax import loop
@@ -113,6 +137,7 @@ COMMANDS = {
   "eval": evaluate,
   "sample": sample,
   "report": report,
+  "variance": variance,
   "export": export,
 }
 

@@ -32,6 +32,10 @@ class Checkpoints:
     """The step of the newest finished checkpoint; None where there is none."""
     return self._manager.latest_step()
 
+  def steps(self) -> list[int]:
+    """The steps of all finished checkpoints, in order."""
+    return sorted(self._manager.all_steps())
+
   def save(self, step: int, state: Any, host: dict[str, Any]) -> None:
     """Starts writing; returns once `state` may be donated again.
 

@@ -155,11 +155,11 @@ def export(config: Config, directory: pathlib.Path, out: pathlib.Path) -> pathli
   if out.exists() and any(out.iterdir()):
     raise ValueError(f"{out} is not empty; give another OUT= directory.")
   with Run(config, directory) as run:
-    state, step = _last_state(run)
+    step = checkpoint_steps(run)[-1]
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     run.parts.export(
-      state.policy,
+      load_policy(run, step),
       out,
       tokenizer=run.tokenizer,
       rows=[row for row in rows if row["step"] <= step],
@@ -192,20 +192,85 @@ def sample_run(config: Config, directory: pathlib.Path, question: str) -> Iterat
       shown = text
 
 
-def load_policy(run: "Run") -> Any:
-  """The policy of the run's last checkpoint."""
-  return _last_state(run)[0].policy
+def measure_variance(
+  config: Config,
+  directory: pathlib.Path,
+  measure: Callable[..., dict[str, Any]],
+  *,
+  steps: Sequence[int],
+  prompts: int,
+  samples: int,
+  seed: int,
+) -> list[dict[str, Any]]:
+  """Measures frozen policies of a run on training prompts; writes `variance.json`.
 
+  Args:
+    config: the run's.
+    directory: of the run.
+    measure: (policy, rollouts, rewards [N]) -> a row.
+    steps: of checkpoints, 0 is the start policy; none: the start, the middle, the last.
+    prompts: G, the same for every policy.
+    samples: M, responses to each.
+    seed: of prompts and responses.
 
-def _last_state(run: "Run") -> tuple[Any, int]:
-  """The state of the run's last checkpoint, and its step."""
-  with Checkpoints(run.directory / "checkpoints") as checkpoints:
-    step = checkpoints.latest()
-    if step is None:
-      raise ValueError(
-        f"{run.directory} has no checkpoint yet; train first (make train EXP=… RUN=…)."
+  Returns:
+    A row for each policy, with its `step`.
+  """
+  with Run(config, directory) as run:
+    kept = checkpoint_steps(run)
+    if not steps:
+      steps = sorted(
+        {0, min(kept, key=lambda step: abs(2 * step - kept[-1])), kept[-1]}
       )
-    return checkpoints.restore(step, run.parts.like_state)[0], step
+    if unknown := sorted(set(steps) - {0, *kept}):
+      raise ValueError(
+        f"{directory} has no checkpoint of step {unknown[0]}; there are 0 (the start)"
+        f" and {kept} (--checkpoint.every and --checkpoint.keep say which are kept)."
+      )
+    stream = sources.ProblemStream(
+      sources.load(config.data.train, "train"), seed=run.seed("variance", seed)
+    )
+    asked = stream.take(prompts)
+    rows = []
+    with run.terminal.progress("policies", done=0, total=len(steps)) as advance:
+      for step in steps:
+        policy = load_policy(run, step)
+        rollouts = run.parts.sample(
+          policy,
+          run.encode(asked),
+          config.rollout,
+          samples_per_prompt=samples,
+          seed=run.seed("variance", seed),
+          version=step,
+        )
+        _, rewards = run.score(rollouts, asked)
+        rows.append({"step": step, **measure(policy, rollouts, rewards)})
+        advance()
+    write_json(directory / "variance.json", {"policies": rows})
+    return rows
+
+
+def load_policy(run: "Run", step: int | None = None) -> Any:
+  """The policy of a checkpoint: of the last one, or of a step; 0 is the start."""
+  if step == 0:
+    return run.load_start()
+  step = checkpoint_steps(run)[-1] if step is None else step
+  with Checkpoints(run.directory / "checkpoints") as checkpoints:
+    return checkpoints.restore(step, run.parts.like_state)[0].policy
+
+
+def checkpoint_steps(run: "Run") -> list[int]:
+  """The steps whose checkpoints are kept, at least one.
+
+  Raises:
+    ValueError: there is none.
+  """
+  with Checkpoints(run.directory / "checkpoints") as checkpoints:
+    if steps := checkpoints.steps():
+      return steps
+  raise ValueError(
+    f"{run.directory} has no checkpoint yet; train first (make train EXP=… RUN=…)."
+  )
 
 
 class Run:
@@ -269,7 +334,7 @@ class Run:
 
   def seed(self, purpose: str, step: int = 0) -> int:
     """A new seed for every purpose and step."""
-    purposes = ("rollout", "evaluation", "demonstration")
+    purposes = ("rollout", "evaluation", "demonstration", "variance")
     entropy = (self.config.seed, purposes.index(purpose), step)
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 

@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 # The gap between the log-probs of sampler and learner that float rounding explains.
 GAP_BOUND = 1e-4
@@ -616,3 +616,84 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
   minutes = round(seconds / 60)
   return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+# Gradient variance --------------------------------------------------------------
+
+# Estimator -> (label, colour, dashes) in the figure of `variance_figure`.
+VARIANCE_CURVES = {
+  "reinforce": ("no baseline", GREY, "-"),
+  "opo_loo": ("length (OPO)", BLUE, "-"),
+  "opo_fitted_loo": ("length, fitted power", SKY, "-"),
+  "energy_loo": ("logit energy", GREEN, "-"),
+  "exact_loo": ("exact |s|²", VERMILION, "-"),
+  "exact_all": ("floor: exact, all responses", VERMILION, ":"),
+}
+
+
+def variance_figure(rows: list[Row], out: str | Path) -> Path:
+  """Draws what `variance.json` holds, a row of panels for each policy.
+
+  Left the error of each leave-one-out baseline beside that of the mean, over the size
+  of the group; then the squared norm of each response's score over its length and over
+  its logit energy, with the line fitted within prompts.
+
+  Args:
+    rows: `policies` of the file.
+    out: picture to write; its suffix (.png, .svg, .pdf) decides the format.
+  """
+  out = Path(out)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  with matplotlib.rc_context(STYLE):
+    figure = Figure(figsize=(11.4, 3.1 * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots(len(rows), 3, squeeze=False)
+    for (error, *norms), row in zip(axes, rows, strict=True):
+      _error_over_size(error, row)
+      for ax, column, name in zip(norms, (0, 1), ("length", "energy"), strict=True):
+        _norm_over(ax, row, column, name)
+    curves = [*VARIANCE_CURVES.values(), ("mean (rloo) = 1", INK, DASHED)]
+    handles = [Line2D([], [], color=c, ls=ls, label=label) for label, c, ls in curves]
+    figure.legend(handles=handles, loc="outside upper center", ncols=7)
+    figure.savefig(out)
+  return out
+
+
+def _error_over_size(ax: Axes, row: Row) -> None:
+  sizes = list(row["ratios"])
+  for name, (_, color, ls) in VARIANCE_CURVES.items():
+    errors = [row["ratios"][K][name].get("error") for K in sizes]
+    xs = [i for i, error in enumerate(errors) if error]
+    values, low, high = np.array([errors[i] for i in xs]).reshape(-1, 3).T
+    ax.plot(xs, values, color=color, ls=ls, marker="o", ms=4)
+    ax.fill_between(xs, low, high, color=color, alpha=0.14, lw=0)
+  ax.axhline(1, color=INK, ls=DASHED, lw=1.1)
+  ax.set_ylim(0, 2)  # a wide interval may leave the picture
+  ax.set_xticks(range(len(sizes)), sizes)
+  ax.set_title(
+    f"step {row['step']}, reward {row['reward/mean']:.2f}", loc="left", fontsize=10.5
+  )
+  ax.set(xlabel="K, responses per group", ylabel="error beside the mean's")
+
+
+def _norm_over(ax: Axes, row: Row, column: int, name: str) -> None:
+  points, fit = np.array(row["points"]), row["fits"][name]["within"]
+  for reward, label, color in ((0, "wrong", VERMILION), (1, "right", GREEN)):
+    x, y = np.exp(points[(points[:, 3] > 0.5) == reward][:, [column, 2]]).T
+    ax.scatter(x, y, s=9, color=color, alpha=0.45, lw=0, label=label)
+  ax.set(xscale="log", yscale="log", ylabel="|s|², squared norm of the score")
+  ax.minorticks_off()
+  ax.xaxis.set_major_formatter("{x:g}")
+  ax.yaxis.set_major_formatter("{x:g}")
+  if name == "length":
+    ax.set_xlabel("length (tokens)")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+  else:
+    ax.set_xlabel("logit energy of the response")
+    ax.xaxis.set_major_locator(LogLocator(numticks=4))
+  if fit:
+    middle, ends = points.mean(0), np.quantile(points[:, column], (0.01, 0.99))
+    line = middle[2] + fit["slope"] * (ends - middle[column])
+    label = f"slope {fit['slope']:.2f}, R² {fit['r2']:.2f}"
+    ax.plot(np.exp(ends), np.exp(line), color=INK, lw=1.4, label=label)
+  place = dict(loc="lower left", bbox_to_anchor=(-0.04, 1), borderaxespad=0.2, ncols=3)
+  ax.legend(**place, handlelength=0.9, handletextpad=0.3, columnspacing=0.6)

@@ -96,6 +96,7 @@ def rollouts_of(prompts, samples, lengths, finished):
     prompt_lengths=np.full(len(prompts), 3, np.int32),
     tokens=np.zeros((rows, width), np.int32),
     logprobs=np.zeros((rows, width), np.float32),
+    sampling_logprobs=np.zeros((rows, width), np.float32),
     mask=np.arange(width) < np.array(lengths)[:, None],
     lengths=np.array(lengths, np.int32),
     prompt_ids=np.repeat(np.arange(len(prompts)), samples).astype(np.int32),

@@ -50,7 +50,8 @@ def test_the_claims_of_the_readme_hold_in_the_result_file():
 
 
 def test_links_in_the_pages_lead_somewhere():
-  for page in [ROOT / "README.md", ROOT / "experiments" / "README.md"]:
+  pages = [ROOT / "README.md", ROOT / "experiments" / "README.md"]
+  for page in [*pages, *(ROOT / "docs").glob("*.md")]:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
       if not target.startswith("http"):
         assert (page.parent / target).exists(), f"{page.name}: {target}"

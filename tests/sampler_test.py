@@ -1,6 +1,8 @@
 """Sampling: exact, independent of its schedule, and the same as the learner sees."""
 
+import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -311,6 +313,29 @@ def test_top_k_and_top_p_keep_what_they_say():
   np.testing.assert_allclose(nucleus.sampling_logprobs[:, 0], expected, atol=1e-5)
 
 
+def test_min_p_keeps_what_is_probable_enough_beside_the_first():
+  logits = 2.0 * jax.random.normal(jax.random.key(0), (50, 200))
+  kept = distribution.kept(logits, distribution.make(200, min_p=0.2))
+  probs = np.asarray(jax.nn.softmax(logits), np.float64)
+  np.testing.assert_array_equal(kept, probs >= 0.2 * probs.max(1, keepdims=True))
+  # After top-k, the first is still the first: what both keep is kept.
+  both = distribution.kept(logits, distribution.make(200, min_p=0.2, top_k=3))
+  third = np.sort(probs, 1)[:, [-3]]
+  np.testing.assert_array_equal(both, np.asarray(kept) & (probs >= third))
+
+
+def test_both_logprobs_are_there_where_a_filter_makes_them_differ():
+  model = policy()
+  rollouts = sample(model, top_p=0.7, temperature=1.3)
+  mask, learner = np.asarray(rollouts.mask), response_logprobs(model, rollouts)
+  np.testing.assert_allclose(rollouts.logprobs, learner, atol=1e-5)
+  gain = np.asarray(rollouts.sampling_logprobs - rollouts.logprobs)[mask]
+  # What is left out had a mass of 0 to 30 %: the rest is scaled up by its inverse.
+  assert (gain > -1e-6).all() and (gain < -np.log(0.7) + 1e-5).all()
+  assert gain.max() > 0.1
+  assert rollouts.filtered and not sample(model).filtered
+
+
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 0.9), (50, 0.5), (0, 0.95), (7, 1.0)])
 def test_truncation_keeps_what_a_plain_reference_keeps(top_k, top_p):
   """On many rows: a threshold normalised apart loses a token now and then."""
@@ -337,6 +362,55 @@ def test_the_loop_stops_when_every_row_has_ended():
   np.testing.assert_array_equal(rollouts.lengths, 1)
 
 
+def compiled_decode(policy, *, slots):
+  """The sampling state and the decode program of 16 x 6 rollouts."""
+  sampling = sampler._Sampling(
+    policy, [[3, 4]] * 16, samples_per_prompt=6, max_new_tokens=256, slots=slots
+  )
+  program = decoding.decode.lower(
+    sampling.slots,
+    sampling.drawn,
+    policy,
+    sampling.prompts,
+    sampling.queue,
+    sampling.distribution,
+    jnp.int32(1),
+    sampling.settings,
+    sampling.in_groups,
+  )
+  return sampling, program.compile()
+
+
+@pytest.mark.parametrize("slots", [64, 96], ids=["refill", "in groups"])
+def test_keys_and_values_are_written_in_place(slots):
+  """A copy of the ring would be 1 to 2 times its size; one layer's is an eighth."""
+  model = policy(dataclasses.replace(CONFIG, num_layers=8))
+  sampling, program = compiled_decode(model, slots=slots)
+  assert sampling.in_groups == (slots == 96)
+  memory, ring = program.memory_analysis(), 2 * sampling.slots.keys.nbytes
+  assert memory.alias_size_in_bytes > ring, "donated, and given back"
+  assert memory.temp_size_in_bytes < ring / 3
+
+
+def test_nothing_of_slots_times_vocabulary_is_kept():
+  model = policy(dataclasses.replace(CONFIG, vocab_size=5000))
+  sampling, _ = compiled_decode(model, slots=16)
+  for leaf in jax.tree.leaves((sampling.slots, sampling.drawn, sampling.queue)):
+    assert 5000 not in leaf.shape
+
+
+@pytest.mark.parametrize("slots", [64, 96], ids=["refill", "in groups"])
+def test_devices_exchange_no_keys_and_no_rollouts(slots):
+  """Only whether anybody is still busy, one bool."""
+  model = policy(mesh=sharding.make_mesh(8, 1, 1))
+  _, program = compiled_decode(model, slots=slots)
+  exchanged = re.findall(
+    r"= (\S+) (?:all-gather|all-to-all|all-reduce|collective-permute)(?:-start)?\(",
+    program.as_text(),
+  )
+  assert set(exchanged) == {"pred[]"}
+
+
 def test_prompt_widths_are_few():
   assert [bucket(n) for n in (1, 16, 17, 25, 33, 100, 129)] == [
     16, 16, 24, 32, 48, 128, 192,
@@ -352,7 +426,16 @@ def test_prompt_widths_are_few():
     ([[1, 24]], {}, "vocabulary of 24"),
     ([[1]], {"temperature": -1.0}, "temperature"),
     ([[1]], {"top_p": 0.0}, "top_p"),
+    ([[1]], {"min_p": 1.5}, "min_p"),
     ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
+    (
+      [[1]],
+      {"max_new_tokens": [3, 4]},
+      "max_new_tokens has 2 values for 1 prompts x 6",
+    ),
+    ([[1]], {"stop": [5]}, "stop has 5"),
+    ([[1]], {"stop": [[]]}, "stop has"),
+    ([[1]], {"max_new_tokens": 2**40}, r"use fewer\s+tokens \(--rollout.max-new"),
   ],
 )
 def test_bad_input_is_refused(prompts, options, message):
