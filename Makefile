@@ -8,6 +8,7 @@
 #   make variance RUN=… [ARGS="--steps 0 60 120 --prompts 64"]
 #   make test               make lint               make bench
 #   make bench-peers        (the same beside TRL and Tunix, which get a .venv-peers)
+#   make test-parity        beside transformers; installs PyTorch into .venv-parity
 
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -23,11 +24,12 @@ OPO := $(VENV)/bin/python -m opo_jax
 EXTRAS = $(if $(JAX_EXTRA),[$(JAX_EXTRA)])
 RUN ?= runs/$(EXP)
 
-.PHONY: train eval sample report variance export test lint bench bench-peers clean
+.PHONY: train eval sample report variance export test test-parity parity-table lint \
+  bench bench-peers clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '4,10s/^# \{0,1\}//p' Makefile
+	@sed -n '4,11s/^# \{0,1\}//p' Makefile
 
 # One stamp for what running needs, one for what testing needs besides.
 INSTALLED := $(VENV)/.installed-$(or $(JAX_EXTRA),cpu)
@@ -68,6 +70,24 @@ export: $(INSTALLED)
 
 test: $(VENV)/.installed-dev
 	@$(VENV)/bin/python -m pytest -q $(ARGS)
+
+# PyTorch stays out of $(VENV).
+PARITY_VENV ?= .venv-parity
+PARITY_PYTHON := $(PARITY_VENV)/bin/python
+
+$(PARITY_VENV)/.installed: setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or name it (make PYTHON=...)." >&2; exit 2; }
+	@echo "Installing into $(PARITY_VENV) (once; with PyTorch)"
+	@$(PARITY_PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(PARITY_VENV)
+	@$(PARITY_PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,parity]'
+	@touch $@
+
+test-parity: $(PARITY_VENV)/.installed
+	@$(PARITY_PYTHON) -m pytest -q tests/parity $(ARGS)
+
+# The table in docs/models.md.
+parity-table: $(PARITY_VENV)/.installed
+	@JAX_PLATFORMS=cpu $(PARITY_PYTHON) tests/parity/make_table.py
 
 lint: $(VENV)/.installed-dev
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

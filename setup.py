@@ -48,6 +48,8 @@ setup(
   extras_require={
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
+    # For `make test-parity` alone; the CPU build of PyTorch will do.
+    "parity": ["torch==2.13.0"],
     "dev": [
       "pytest>=9,<10",
       "hypothesis>=6.150,<7",

@@ -4,6 +4,7 @@ What `train` runs and what can be compiled ahead of time is the same: it is made
 """
 
 import functools
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,9 @@ from opo_jax.config import Config, near_names
 from opo_jax.config import Eval as EvalConfig
 from opo_jax.config import Rollout as RolloutConfig
 from opo_jax.models import ModelConfig, Policy, save
-from opo_jax.models.hf import end_tokens, read_config, read_weights
+from opo_jax.models.card import model_card
+from opo_jax.models.config_json import end_tokens, generation_config, read_config
+from opo_jax.models.hf import read_weights
 from opo_jax.rollouts import Rollouts
 
 
@@ -43,7 +46,8 @@ class Parts:
     update: the RL update.
     imitate: the warm start's update: maximum likelihood of demonstrations.
     kl_to_start: (start policy, rollouts, rows [n]) -> mean KL on these rows.
-    export: (policy, directory, tokenizer=) writes the Hugging Face format.
+    export: (policy, directory, tokenizer=, rows=, run=) writes the Hugging Face
+      format, with the run's metrics and run.json in its model card.
     learning_rate: optimiser step -> learning rate of the RL phase.
   """
 
@@ -78,10 +82,18 @@ def build(config: Config, *, eos_ids: tuple[int, ...], vocab_size: int) -> Parts
   model_config = _model_config(config)
   _check_vocabulary(model_config.vocab_size, vocab_size)
   key = jax.random.key(config.seed)
+  dtype = config.model.dtype
+  if dtype == "auto":
+    dtype = "bfloat16" if sharding.on_accelerator(mesh) else "float32"
 
   def fresh(key):
     return Policy(
-      model_config, key, eos_ids=eos_ids, mesh=mesh, dtype=config.model.dtype
+      model_config,
+      key,
+      eos_ids=eos_ids,
+      mesh=mesh,
+      dtype=dtype,
+      param_dtype=config.model.param_dtype,
     )
 
   like = jax.eval_shape(fresh, key)
@@ -89,7 +101,7 @@ def build(config: Config, *, eos_ids: tuple[int, ...], vocab_size: int) -> Parts
   like = sharding.abstract(like, layout)
 
   def init():
-    if config.model.path:
+    if config.model.path and not config.model.fresh:
       return read_weights(config.model.path, like)
     return jax.jit(fresh, out_shardings=layout)(key)
 
@@ -127,7 +139,7 @@ def build(config: Config, *, eos_ids: tuple[int, ...], vocab_size: int) -> Parts
       warm_optimizer,
     ),
     kl_to_start=trainer.kl_to_start,
-    export=save,
+    export=functools.partial(_export, config),
     learning_rate=schedule,
   )
 
@@ -248,6 +260,45 @@ def _sample(
   )
 
 
+def _export(
+  config: Config,
+  policy: Policy,
+  directory: str | pathlib.Path,
+  *,
+  tokenizer: Any,
+  rows: list[dict[str, Any]],
+  run: dict[str, Any],
+) -> None:
+  algorithm, rollout, path = config.algorithm, config.rollout, config.model.path
+  base = "" if pathlib.Path(path).is_dir() else path
+  card = model_card(
+    name=config.experiment or pathlib.Path(directory).name,
+    base=base if path and not config.model.fresh else None,
+    settings={
+      "advantage": algorithm.advantage,
+      "loss": algorithm.loss,
+      "updates per batch": algorithm.updates_per_batch,
+      "data": config.data.train,
+      "prompts a step": rollout.prompts_per_step,
+      "responses to each": rollout.group_size,
+      "longest response": rollout.max_new_tokens,
+      "sampling temperature": rollout.temperature,
+      "learning rate": config.optimizer.learning_rate,
+      "supervised warm start, steps": config.warm_start.steps,
+      "activations": policy.dtype,
+    },
+    rows=rows,
+    run=run,
+  )
+  save(
+    policy,
+    directory,
+    tokenizer=tokenizer,
+    generation=generation_config(path) if path else None,
+    card=card,
+  )
+
+
 def _stream(
   rollout: RolloutConfig,
   policy: Policy,
@@ -315,7 +366,7 @@ def _schedule(config: Config) -> Callable[[Any], Any]:
 
 def _adamw(config: Config, schedule) -> optax.GradientTransformation:
   optimizer = config.optimizer
-  return optax.chain(
+  adamw = optax.chain(
     optax.clip_by_global_norm(optimizer.max_grad_norm),
     optax.adamw(
       schedule,
@@ -323,5 +374,19 @@ def _adamw(config: Config, schedule) -> optax.GradientTransformation:
       b2=optimizer.b2,
       eps=optimizer.epsilon,
       weight_decay=optimizer.weight_decay,
+      mu_dtype=optimizer.moment_dtype,
     ),
   )
+
+  # Whatever the parameters are kept in, the step is computed in float32.
+  def init(policy):
+    return adamw.init(_in_float32(policy))
+
+  def update(gradients, state, policy):
+    return adamw.update(_in_float32(gradients), state, _in_float32(policy))
+
+  return optax.GradientTransformation(init, update)
+
+
+def _in_float32(tree):
+  return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)

@@ -18,6 +18,8 @@ class Model:
 
   # Directory or hub id in Hugging Face format, or empty: fresh weights. (loop, build)
   path: str = ""
+  # Of `path` take config.json alone, and fresh weights of that shape. (build)
+  fresh: bool = False
   # Rows of the embedding, at least the tokenizer's size. (build)
   vocab_size: int = 32
   # Model width. (build)
@@ -34,8 +36,12 @@ class Model:
   head_dim: int = 32
   # Standard deviation of a fresh weight. (build)
   initializer_range: float = 0.02
-  # Activations; parameters are float32 masters. (build)
-  dtype: Literal["float32", "bfloat16"] = "float32"
+  # Activations. auto: bfloat16 on accelerators, float32 on CPUs. Log-probs are
+  # float32 in any case. (build)
+  dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+  # Parameters. bfloat16 halves them, and swallows steps smaller than 1/256 of a
+  # weight. (build)
+  param_dtype: Literal["float32", "bfloat16"] = "float32"
   # Recompute layers in the backward pass: less memory, a third more time. (build)
   remat: bool = False
 
@@ -163,6 +169,8 @@ class Optimizer:
   b1: float = 0.9
   # Decay of the second moment. (build)
   b2: float = 0.99
+  # First moment. The second stays float32: in bfloat16 a b2 near 1 stalls it. (build)
+  moment_dtype: Literal["float32", "bfloat16"] = "float32"
   # Added to the root of the second moment. (build)
   epsilon: float = 1e-8
   # Decoupled weight decay. (build)

@@ -208,9 +208,9 @@ def decode(
   shards = settings.shards
   S, W = slots.row.shape[0], slots.keys.shape[3]
   num_slots = S // shards
-  prompt_mask_G1P = (prompt_columns(prompts.lengths, prompts.keys.shape[3])[1] > 0)[
-    :, None
-  ]
+  prompt_positions_GP, prompt_segments_GP = prompt_columns(
+    prompts.lengths, prompts.keys.shape[3]
+  )
   last = slots.step + steps
 
   def situation(slots: Slots):
@@ -246,17 +246,24 @@ def decode(
     # The scan over layers reads the ring and returns the new column alone, which is
     # then written in place: the ring is never copied.
     age_W = (slots.step - 1 - jnp.arange(W)) % W
+    position_S1 = (_take(prompts.lengths, prompt_S, shards) + t_S)[:, None]
     hidden_S1D, new = policy.hidden(
       token_S[:, None],
-      (_take(prompts.lengths, prompt_S, shards) + t_S)[:, None],
+      position_S1,
       cache=(
         Keys(
           prompts.keys,
           prompts.values,
-          prompt_mask_G1P,
+          (prompt_segments_GP > 0)[:, None],
           rows=None if in_groups else prompt_S.reshape(shards, num_slots),
+          positions=prompt_positions_GP,
         ),
-        Keys(slots.keys, slots.values, (age_W < t_S[:, None])[:, None]),
+        Keys(
+          slots.keys,
+          slots.values,
+          (age_W < t_S[:, None])[:, None],
+          positions=position_S1 - 1 - age_W,
+        ),
       ),
     )
     key, value = (x.astype(settings.cache_dtype) for x in new)

@@ -142,7 +142,10 @@ def evaluate_run(config: Config, directory: pathlib.Path) -> dict[str, float]:
 
 
 def export(config: Config, directory: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
-  """Writes the last checkpoint's policy and tokenizer in the Hugging Face format.
+  """Writes the last checkpoint's policy in the Hugging Face format.
+
+  Its tokenizer with the chat template, generation config and a model card with the
+  run's figures lie beside it.
 
   Args:
     config: the run's.
@@ -152,7 +155,16 @@ def export(config: Config, directory: pathlib.Path, out: pathlib.Path) -> pathli
   if out.exists() and any(out.iterdir()):
     raise ValueError(f"{out} is not empty; give another OUT= directory.")
   with Run(config, directory) as run:
-    run.parts.export(load_policy(run), out, tokenizer=run.tokenizer)
+    step = checkpoint_steps(run)[-1]
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    run.parts.export(
+      load_policy(run, step),
+      out,
+      tokenizer=run.tokenizer,
+      rows=[row for row in rows if row["step"] <= step],
+      run=json.loads((directory / "run.json").read_text()),
+    )
   return out
 
 
@@ -412,7 +424,7 @@ class Run:
   def warn_of_gap(self, row: dict[str, Any]) -> None:
     """Says so when sampler and learner differ by more than float32 explains."""
     gap, on_policy = row["onpolicy/logprob_diff_max"], self.parts.update.is_on_policy
-    if on_policy and self.config.model.dtype == "float32" and gap > GAP_BOUND:
+    if on_policy and self.parts.like.dtype == jnp.float32 and gap > GAP_BOUND:
       self.terminal.say(
         f"warning: step {row['step']}: sampler and learner differ by {gap:.1e} in a"
         f" log-prob, more than {GAP_BOUND:.0e}; this is not on-policy to rounding."

@@ -132,6 +132,11 @@ def put(array: Any, mesh: Mesh | None, *logical_axes) -> jax.Array:
   return jax.device_put(np.asarray(array), named(mesh, *logical_axes))
 
 
+def on_accelerator(mesh: Mesh) -> bool:
+  """Whether the mesh is of GPUs or TPUs."""
+  return mesh.devices.flat[0].platform != "cpu"
+
+
 def free_bytes(mesh: Mesh | None) -> int:
   """Memory of one device that nothing holds yet; where a device does not say, its
   share of half the host's memory."""

@@ -31,8 +31,14 @@ MAY_IMPORT = {
   "trainer": {"losses", "logprobs", "advantages", "rollouts"},
   "evaluation": {"rollouts", "models"},
   "rewards.reward_model": {"rollouts", "models"},
-  "models.transformer": {"sharding", "models.attention", "models.config"},
-  "models.hf": {"sharding", "models.config", "models.transformer"},
+  "models.transformer": {"sharding", "models.attention", "models.config"}
+  | {"models.rope"},
+  "models.hf": {"sharding", "models.config", "models.config_json"}
+  | {"models.transformer"},
+  "models.config_json": {"models.config", "models.rope"},
+  "models.config": {"models.rope"},  # the scalings are part of it
+  "models.rope": set(),
+  "models.card": set(),
   "models.attention": set(),
   "data.sources": {"data.prompts", "data.arithmetic"},
   "data.arithmetic": {"data.prompts"},
@@ -47,13 +53,12 @@ MAY_IMPORT = {
   "config": set(),
   "metrics": set(),
   "plots": set(),
-  "models.config": set(),
   "data.prompts": set(),
   "rewards.math_verifier": set(),
 }
 FACES = {
   "": set(),
-  "models": {"models.config", "models.hf", "models.transformer"},
+  "models": {"models.config", "models.config_json", "models.hf", "models.transformer"},
   "data": set(),
   "rewards": {"rewards.math_verifier"},
 }

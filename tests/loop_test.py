@@ -199,6 +199,14 @@ def test_exported_policy_is_the_trained_one(run, tmp_path):
     arithmetic.tokenizer(), "a3b4c2"
   )
   assert exported.eos_ids == (tokenizer.eos_token_id,)
+  card = (tmp_path / "out" / "README.md").read_text()
+  rows = lines(run / "metrics.jsonl")
+  name = "eval/arithmetic/pass@1"
+  start, low, high = (rows[0][name + end] for end in ("", "_low", "_high"))
+  assert f"| arithmetic/pass@1 | {start:.3g} [{low:.3g}, {high:.3g}] |" in card
+  assert "## The last step, 4" in card
+  assert f"| reward/mean | {rows[-1]['reward/mean']:.3g} |" in card
+  assert "| advantage | `opo` |" in card and "base_model" not in card
 
 
 def test_a_run_can_start_from_an_exported_policy(run, tmp_path):

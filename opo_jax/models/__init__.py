@@ -1,7 +1,8 @@
 """Policies: one decoder, in and out of the Hugging Face format."""
 
 from opo_jax.models.config import ModelConfig
+from opo_jax.models.config_json import read_config
 from opo_jax.models.hf import load, save
 from opo_jax.models.transformer import Policy
 
-__all__ = ["ModelConfig", "Policy", "load", "save"]
+__all__ = ["ModelConfig", "Policy", "load", "read_config", "save"]

@@ -27,23 +27,37 @@ class Keys(NamedTuple):
       counted from the first entry of the row's own shard, so that no device reads
       another's. None: C is B, or divides it and each entry is shared by as many
       consecutive rows (a group and its prompt).
+    positions: [C, S] int32; needed where a window counts back from the query's.
   """
 
   key: jax.Array
   value: jax.Array
   mask: jax.Array
   rows: jax.Array | None = None
+  positions: jax.Array | None = None
 
 
-def attention(query_BTHE: jax.Array, parts: Sequence[Keys]) -> jax.Array:
+def attention(
+  query_BTHE: jax.Array,
+  parts: Sequence[Keys],
+  *,
+  positions: jax.Array | None = None,
+  window: jax.Array | int | None = None,
+) -> jax.Array:
   """`softmax(q k / sqrt(E)) v` over all parts together, with grouped queries.
 
   Args:
     query_BTHE: [B, T, H, E]; H is a multiple of the keys' K.
     parts: at least one.
+    positions: [B, T] int32 of the queries, for a window.
+    window: scalar; a query sees keys less than this many positions back, itself
+      included. None: as far back as the masks allow.
 
   Returns:
     [B, T, H, E] in the query's dtype; scores and softmax are float32.
+
+  Raises:
+    ValueError: a window over keys without positions.
   """
   B, T, H, E = query_BTHE.shape
   K = parts[0].key.shape[1]
@@ -51,7 +65,9 @@ def attention(query_BTHE: jax.Array, parts: Sequence[Keys]) -> jax.Array:
   query = query.transpose(0, 2, 3, 1, 4)
   parts = [_per_row(part) for part in parts]
 
-  scores = jnp.concatenate([_scores(query, part) for part in parts], axis=-1)
+  masks = [_mask(part, positions, window) for part in parts]
+  scores = [_scores(query, part, mask) for part, mask in zip(parts, masks, strict=True)]
+  scores = jnp.concatenate(scores, axis=-1)
   probs = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
   out, end = 0.0, 0
   for part in parts:
@@ -71,10 +87,26 @@ def _per_row(part: Keys) -> Keys:
     taken = jax.vmap(lambda entries, rows: entries[rows])(entries, part.rows)
     return taken.reshape(shards * rows, *array.shape[1:])
 
-  return Keys(take(part.key), take(part.value), take(part.mask))
+  taken = part._replace(rows=None)
+  return Keys(*(None if array is None else take(array) for array in taken))
 
 
-def _scores(query_BKRTE, part):
+def _mask(part, positions_BT, window):
+  """[C, B / C, T, S] or smaller: which query sees which key, the window counted in."""
+  if window is None:
+    return part.mask[:, None]
+  if part.positions is None:
+    raise ValueError(
+      "This policy has a sliding window; give the positions of the keys in the cache"
+      " (Keys.positions)."
+    )
+  C = part.positions.shape[0]
+  query_positions = positions_BT.reshape(C, -1, positions_BT.shape[1], 1)
+  distances = query_positions - part.positions[:, None, None]
+  return part.mask[:, None] & (distances < window)
+
+
+def _scores(query_BKRTE, part, mask):
   """[B, K, R, T, S]; rows that share an entry become one longer query."""
   B, K, R, T, E = query_BKRTE.shape
   C, _, S, _ = part.key.shape
@@ -87,7 +119,7 @@ def _scores(query_BKRTE, part):
     preferred_element_type=jnp.float32,
   )
   scores = scores.reshape(C, K, shared, R, T, S)
-  scores = jnp.where(part.mask[:, None, None, None], scores, _MASKED)
+  scores = jnp.where(mask[:, None, :, None], scores, _MASKED)
   return scores.swapaxes(1, 2).reshape(B, K, R, T, S)
 
 

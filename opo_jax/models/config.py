@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from opo_jax.models.rope import RopeScaling
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -16,9 +18,17 @@ class ModelConfig:
     num_kv_heads: key-value heads K; divides `num_heads`.
     head_dim: width E of one head.
     rope_theta: base of the rotary wavelengths.
+    rope_scaling: how they are stretched to a longer context; None: not at all.
+    max_positions: the context the model is made for, tokens. Nothing is cut off there;
+      it is written to config.json, where serving engines read it.
     norm_epsilon: added to the mean square in RMSNorm.
     qkv_bias: bias on query, key and value projections (Qwen2 has it).
+    out_bias: bias on the attention's output projection (Llama's `attention_bias`).
+    mlp_bias: bias on the MLP's projections.
+    qk_norm: RMSNorm on each head's query and key (Qwen3 has it).
     tie_embeddings: the unembedding is the embedding.
+    sliding_window: how many tokens a query of a sliding layer sees, itself included.
+    sliding_layers: the layers this holds for, counted from 0.
     initializer_range: standard deviation of a fresh weight.
   """
 
@@ -30,9 +40,16 @@ class ModelConfig:
   num_kv_heads: int
   head_dim: int
   rope_theta: float = 10_000.0
+  rope_scaling: RopeScaling | None = None
+  max_positions: int = 32_768
   norm_epsilon: float = 1e-6
   qkv_bias: bool = True
+  out_bias: bool = False
+  mlp_bias: bool = False
+  qk_norm: bool = False
   tie_embeddings: bool = True
+  sliding_window: int | None = None
+  sliding_layers: tuple[int, ...] = ()
   initializer_range: float = 0.02
 
   def __post_init__(self):
@@ -45,4 +62,9 @@ class ModelConfig:
       raise ValueError(
         f"head_dim {self.head_dim} is odd; rotary positions need an even width"
         " (--model.head-dim)."
+      )
+    if bool(self.sliding_window) != bool(self.sliding_layers):
+      raise ValueError(
+        f"A sliding window of {self.sliding_window} and sliding layers"
+        f" {self.sliding_layers} need each other; give both or neither."
       )

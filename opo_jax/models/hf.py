@@ -1,27 +1,36 @@
 """Policies in and out of the Hugging Face format: config.json and safetensors.
 
 One table says which of our parameters is which of theirs; import and export both walk
-it, so that they cannot drift apart. The Qwen2 family (Qwen2, Qwen2.5, the R1
-distillations of Qwen) is read; any other is refused by name.
+it, so that they cannot drift apart.
 """
 
+import collections
+import functools
 import json
 import pathlib
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from opo_jax import sharding
 from opo_jax.models.config import ModelConfig
+from opo_jax.models.config_json import (
+  config_to,
+  end_tokens,
+  find_directory,
+  read_config,
+)
 from opo_jax.models.transformer import Policy
 
 # Ours -> theirs. `{i}` is the layer: ours are stacked along a first axis. Kernels are
-# [in, out] here and [out, in] there.
+# [in, out] here and [out, in] there. A family has those that its config asks for.
 _NAMES = {
   ".embedding": "model.embed_tokens.weight",
   ".final_norm.scale": "model.norm.weight",
@@ -29,35 +38,25 @@ _NAMES = {
   ".layers.attention_norm.scale": "model.layers.{i}.input_layernorm.weight",
   ".layers.attention.query.kernel": "model.layers.{i}.self_attn.q_proj.weight",
   ".layers.attention.query.bias": "model.layers.{i}.self_attn.q_proj.bias",
+  ".layers.attention.query_norm.scale": "model.layers.{i}.self_attn.q_norm.weight",
   ".layers.attention.key.kernel": "model.layers.{i}.self_attn.k_proj.weight",
   ".layers.attention.key.bias": "model.layers.{i}.self_attn.k_proj.bias",
+  ".layers.attention.key_norm.scale": "model.layers.{i}.self_attn.k_norm.weight",
   ".layers.attention.value.kernel": "model.layers.{i}.self_attn.v_proj.weight",
   ".layers.attention.value.bias": "model.layers.{i}.self_attn.v_proj.bias",
   ".layers.attention.out.kernel": "model.layers.{i}.self_attn.o_proj.weight",
+  ".layers.attention.out.bias": "model.layers.{i}.self_attn.o_proj.bias",
   ".layers.mlp_norm.scale": "model.layers.{i}.post_attention_layernorm.weight",
   ".layers.mlp.gate.kernel": "model.layers.{i}.mlp.gate_proj.weight",
+  ".layers.mlp.gate.bias": "model.layers.{i}.mlp.gate_proj.bias",
   ".layers.mlp.up.kernel": "model.layers.{i}.mlp.up_proj.weight",
+  ".layers.mlp.up.bias": "model.layers.{i}.mlp.up_proj.bias",
   ".layers.mlp.down.kernel": "model.layers.{i}.mlp.down_proj.weight",
+  ".layers.mlp.down.bias": "model.layers.{i}.mlp.down_proj.bias",
 }
-
-# Fields of config.json that change the output, with the one value understood.
-_FIXED = {
-  "model_type": "qwen2",
-  "hidden_act": "silu",
-  "use_sliding_window": False,
-  "rope_scaling": None,
-}
-
-# Fields of config.json without which there is no model.
-_NEEDED = (
-  "model_type",
-  "vocab_size",
-  "hidden_size",
-  "intermediate_size",
-  "num_hidden_layers",
-  "num_attention_heads",
-  "num_key_value_heads",
-)
+# Old Llama files carry this table; it follows from config.json and is not read.
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def load(
@@ -65,6 +64,7 @@ def load(
   *,
   mesh: Mesh | None = None,
   dtype: Any = None,
+  param_dtype: Any = jnp.float32,
   eos_ids: tuple[int, ...] | None = None,
 ) -> Policy:
   """Reads a policy.
@@ -72,7 +72,8 @@ def load(
   Args:
     path: a directory, or a hub id, which is downloaded.
     mesh: where the parameters are laid out; None for one device.
-    dtype: of activations, float32 by default. Parameters are float32 masters.
+    dtype: of activations, float32 by default.
+    param_dtype: of parameters; float32 masters by default.
     eos_ids: the end tokens; None takes those of generation_config.json and
       config.json together.
 
@@ -80,32 +81,52 @@ def load(
     ValueError: nothing there, an unsupported field, or weights that do not match, with
       their names.
   """
-  config = read_config(path)
-  if eos_ids is None:
-    eos_ids = end_tokens(path)
-  options = dict(eos_ids=tuple(eos_ids), mesh=mesh, dtype=dtype or jnp.float32)
-  like = jax.eval_shape(lambda key: Policy(config, key, **options), jax.random.key(0))
-  if mesh is not None:
-    like = sharding.abstract(like, sharding.tree_shardings(like, mesh))
+  like = abstract_policy(
+    read_config(path),
+    mesh=mesh,
+    dtype=dtype or jnp.float32,
+    param_dtype=param_dtype,
+    eos_ids=end_tokens(path) if eos_ids is None else tuple(eos_ids),
+  )
   return read_weights(path, like)
 
 
-def read_config(path: str | pathlib.Path) -> ModelConfig:
-  """What config.json says.
+def abstract_policy(
+  config: ModelConfig, *, mesh: Mesh | None = None, **options: Any
+) -> Policy:
+  """Shapes, dtypes and layout of a policy that is not there yet.
 
-  Raises:
-    ValueError: a field whose value is not supported, by name.
+  Args:
+    config: the family's numbers.
+    mesh: where its parameters will lie.
+    options: of `Policy`.
   """
-  return _config_from(json.loads((_directory(path) / "config.json").read_text()))
+  like = jax.eval_shape(
+    lambda key: Policy(config, key, mesh=mesh, **options), jax.random.key(0)
+  )
+  if mesh is None:
+    return like
+  return sharding.abstract(like, sharding.tree_shardings(like, mesh))
+
+
+# --- reading weights ----------------------------------------------------------------
 
 
 def read_weights(path: str | pathlib.Path, like: Policy) -> Policy:
   """Reads the parameters of a policy whose shapes and layout are known.
 
+  Every device gets its slice of a tensor as it lies in the file, and transposes and
+  converts it there. One tensor is read at a time, so the host needs the memory of one
+  (of its slices on this host), not of the model.
+
+  Args:
+    path: a directory, or a hub id, which is downloaded.
+    like: from `abstract_policy`.
+
   Raises:
-    ValueError: names or shapes that do not match, listed.
+    ValueError: names, shapes or dtypes that do not match, all listed.
   """
-  directory = _directory(path)
+  directory = find_directory(path, weights=True)
   files, shapes = _find_weights(directory)
   leaves, structure = jax.tree_util.tree_flatten_with_path(like)
   wanted = {
@@ -113,17 +134,10 @@ def read_weights(path: str | pathlib.Path, like: Policy) -> Policy:
     for key, leaf in leaves
     for theirs in _their_names(_our_name(key), like.config)
   }
-  if like.config.tie_embeddings and "lm_head.weight" in files:
+  embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+  if like.config.tie_embeddings and head in files:
     # A tied model may carry a copy of its embedding.
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     wanted[head] = wanted[embedding]
-    if embedding in files and not np.array_equal(
-      _tensor(files, embedding), _tensor(files, head)
-    ):
-      raise ValueError(
-        f"{directory}/config.json ties the embeddings, but {head} is not"
-        f" {embedding}; set tie_word_embeddings to false, or drop {head}."
-      )
   unknown, missing = files.keys() - wanted.keys(), wanted.keys() - files.keys()
   misshaped = {
     name: f"{shapes[name]} instead of {wanted[name]}"
@@ -135,154 +149,53 @@ def read_weights(path: str | pathlib.Path, like: Policy) -> Policy:
       f"The weights in {directory} do not match its config.json: missing"
       f" {sorted(missing)}, unknown {sorted(unknown)}, of another shape {misshaped}."
     )
-  arrays = [
-    jax.device_put(_read(_our_name(key), like.config, files), leaf.sharding)
-    for key, leaf in leaves
-  ]
+  if like.config.tie_embeddings and head in files:
+    _check_copy(files, embedding, head, shapes[head][0])
+  arrays = [_read(_our_name(key), like.config, leaf, files) for key, leaf in leaves]
   return jax.tree.unflatten(structure, arrays)
-
-
-def save(policy: Policy, directory: str | pathlib.Path, *, tokenizer=None) -> None:
-  """Writes config.json, generation_config.json, model.safetensors and the tokenizer.
-
-  Args:
-    policy: parameters are written as they are, float32.
-    directory: made if it is missing.
-    tokenizer: a `transformers` tokenizer, written beside with its chat template.
-
-  Raises:
-    ValueError: a policy that the format cannot tell (Qwen2 has query, key and value
-      biases).
-  """
-  if not policy.config.qkv_bias:
-    raise ValueError(
-      "A Qwen2 model has biases on query, key and value; this policy has none and"
-      " cannot be exported as one. Make it with ModelConfig(qkv_bias=True)."
-    )
-  directory = pathlib.Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
-  tensors = {}
-  for key, leaf in jax.tree_util.tree_flatten_with_path(policy)[0]:
-    ours, array = _our_name(key), np.asarray(leaf)
-    layers = array if "{i}" in _NAMES[ours] else [array]
-    for theirs, layer in zip(_their_names(ours, policy.config), layers, strict=True):
-      layer = layer.T if ours.endswith(".kernel") else layer
-      tensors[theirs] = np.ascontiguousarray(layer)
-  save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-  eos = {"eos_token_id": list(policy.eos_ids)}
-  for name, values in (
-    ("config.json", _config_to(policy.config) | eos),
-    ("generation_config.json", eos),
-  ):
-    (directory / name).write_text(json.dumps(values, indent=2) + "\n")
-  if tokenizer is not None:
-    tokenizer.save_pretrained(directory)
-
-
-def _directory(path) -> pathlib.Path:
-  directory = pathlib.Path(path)
-  if (directory / "config.json").is_file():
-    return directory
-  if directory.exists():
-    raise ValueError(f"{directory} has no config.json; give a Hugging Face directory.")
-  import huggingface_hub
-
-  try:
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(
-        str(path), allow_patterns=["*.json", "*.safetensors"]
-      )
-    )
-  except Exception as error:
-    raise ValueError(
-      f"No policy at {str(path)!r}: no such directory, and the hub did not give it"
-      f" ({type(error).__name__}); give a directory, or a hub id and a network"
-      " (--model.path)."
-    ) from error
-
-
-def _config_from(values: dict[str, Any]) -> ModelConfig:
-  for field, understood in _FIXED.items():
-    if values.get(field, understood) != understood:
-      raise ValueError(
-        f"config.json has {field} = {values[field]!r}; only {understood!r} is"
-        " supported."
-      )
-  missing = [field for field in _NEEDED if field not in values]
-  if missing:
-    raise ValueError(f"config.json lacks {missing}; give a Hugging Face config.")
-  # Newer files keep the rotary settings together.
-  rope = values.get("rope_parameters") or {}
-  others = rope.keys() - {"rope_type", "rope_theta"}
-  if others or rope.get("rope_type", "default") != "default":
-    raise ValueError(
-      f"config.json has rope_parameters = {rope!r}; only rope_type 'default' with a"
-      " rope_theta is supported."
-    )
-  heads = values["num_attention_heads"]
-  return ModelConfig(
-    vocab_size=values["vocab_size"],
-    width=values["hidden_size"],
-    mlp_width=values["intermediate_size"],
-    num_layers=values["num_hidden_layers"],
-    num_heads=heads,
-    num_kv_heads=values["num_key_value_heads"],
-    head_dim=values.get("head_dim") or values["hidden_size"] // heads,
-    rope_theta=rope.get("rope_theta") or values.get("rope_theta", 10_000.0),
-    norm_epsilon=values.get("rms_norm_eps", 1e-6),
-    tie_embeddings=values.get("tie_word_embeddings", False),
-    initializer_range=values.get("initializer_range", 0.02),
-  )
-
-
-def _config_to(config: ModelConfig) -> dict[str, Any]:
-  return {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_act": "silu",
-    "vocab_size": config.vocab_size,
-    "hidden_size": config.width,
-    "intermediate_size": config.mlp_width,
-    "num_hidden_layers": config.num_layers,
-    "num_attention_heads": config.num_heads,
-    "num_key_value_heads": config.num_kv_heads,
-    "head_dim": config.head_dim,
-    "rope_theta": config.rope_theta,
-    "rms_norm_eps": config.norm_epsilon,
-    "tie_word_embeddings": config.tie_embeddings,
-    "initializer_range": config.initializer_range,
-    "use_sliding_window": False,
-    "torch_dtype": "float32",
-  }
-
-
-def end_tokens(path: str | pathlib.Path) -> tuple[int, ...]:
-  """The end tokens of config.json and generation_config.json, as one set."""
-  directory, ids = _directory(path), set()
-  for name in ("config.json", "generation_config.json"):
-    file = directory / name
-    listed = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
-    ids.update(listed if isinstance(listed, list) else [listed])
-  return tuple(sorted(ids - {None}))
 
 
 def _find_weights(directory):
   """Where each weight lies, and its shape: one file or several, as the hub has them."""
-  files: dict[str, pathlib.Path] = {}
+  found = collections.defaultdict(list)
   shapes: dict[str, tuple[int, ...]] = {}
+  quantised = {}
   for file in sorted(directory.glob("*.safetensors")):
     with safe_open(file, framework="numpy") as tensors:
       for name in tensors.keys():  # noqa: SIM118
-        if name in files:
-          raise ValueError(
-            f"{name} lies in {files[name].name} and in {file.name} of {directory};"
-            " remove the one that does not belong there."
-          )
-        files[name] = file
-        shapes[name] = tuple(tensors.get_slice(name).get_shape())
-  if not files:
+        if _DERIVED.fullmatch(name):
+          continue
+        found[name].append(file)
+        tensor = tensors.get_slice(name)
+        shapes[name] = tuple(tensor.get_shape())
+        if tensor.get_dtype() not in _DTYPES:
+          quantised[name] = tensor.get_dtype()
+  index = directory / "model.safetensors.index.json"
+  if index.exists():
+    named = set(json.loads(index.read_text())["weight_map"].values())
+    absent = sorted(name for name in named if not (directory / name).exists())
+    if absent:
+      raise ValueError(
+        f"{directory} lacks {absent}, which {index.name} names; download the rest."
+      )
+  if not found:
     raise ValueError(f"{directory} has no weights; *.safetensors is what is read.")
-  return files, shapes
+  twice = [
+    f"{name} lies in {' and in '.join(file.name for file in files)}"
+    for name, files in found.items()
+    if len(files) > 1
+  ]
+  if twice:
+    raise ValueError(
+      f"Weights in {directory} are set twice: {'; '.join(twice)}. Remove the file that"
+      " does not belong there."
+    )
+  if quantised:
+    raise ValueError(
+      f"Weights in {directory} are quantised: {quantised}; {', '.join(_DTYPES)} are"
+      " read."
+    )
+  return {name: files[0] for name, files in found.items()}, shapes
 
 
 def _our_name(key) -> str:
@@ -301,15 +214,174 @@ def _their_shape(ours: str, leaf) -> tuple[int, ...]:
   return shape[::-1] if ours.endswith(".kernel") else shape
 
 
-def _read(ours, config, files) -> np.ndarray:
-  """One of our arrays, float32: its layers stacked, its kernels transposed."""
-  parts = [_tensor(files, theirs) for theirs in _their_names(ours, config)]
-  if ours.endswith(".kernel"):
-    parts = [part.T for part in parts]
-  return np.stack(parts) if "{i}" in _NAMES[ours] else parts[0]
+def _read(ours: str, config: ModelConfig, leaf, files) -> jax.Array:
+  """One of our arrays, where it belongs: its layers stacked, its kernels transposed."""
+  stacked, transposed = "{i}" in _NAMES[ours], ours.endswith(".kernel")
+  layout = leaf.sharding
+  if layout is not None:
+    spec = tuple(layout.spec)[1 if stacked else 0 :]
+    spec = PartitionSpec(*(spec[::-1] if transposed else spec))
+    layout = NamedSharding(layout.mesh, spec)
+  array = None
+  if stacked:
+    array = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+  for layer, name in enumerate(_their_names(ours, config)):
+    tensor = _tensor(files[name], name, _their_shape(ours, leaf), layout)
+    array = _place(array, tensor, layer, leaf.dtype, leaf.sharding, transposed)
+    # Waits: otherwise tensors of the host pile up faster than devices take them.
+    jax.block_until_ready(array)
+  return array
 
 
-def _tensor(files, name) -> np.ndarray:
-  # Through JAX, because NumPy has no bfloat16.
-  with safe_open(files[name], framework="flax") as tensors:
-    return np.asarray(tensors.get_tensor(name).astype(jnp.float32))
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4, 5))
+def _place(array, tensor, layer, dtype, layout, transposed):
+  """Writes one layer into the stacked array that is there; converts it on the way."""
+  tensor = (tensor.T if transposed else tensor).astype(dtype)
+  out = tensor if array is None else array.at[layer].set(tensor)
+  return out if layout is None else jax.lax.with_sharding_constraint(out, layout)
+
+
+def _tensor(file, name, shape, layout) -> jax.Array:
+  """A tensor as it lies in the file, every device of this host with its own slice."""
+  if layout is None:
+    return jnp.asarray(_slice(file, name, (slice(None),) * len(shape)))
+  slices = {}  # copies on several devices are read once
+
+  def read(index):
+    key = str(index)
+    if key not in slices:
+      slices[key] = _slice(file, name, index)
+    return slices[key]
+
+  return jax.make_array_from_callback(shape, layout, read)
+
+
+def _slice(file, name, index) -> np.ndarray:
+  # Opened for each: what is mapped counts as memory until the file is closed.
+  with safe_open(file, framework="numpy") as tensors:
+    return tensors.get_slice(name)[index]
+
+
+def _check_copy(files, embedding, head, num_rows, block=4096):
+  for start in range(0, num_rows, block):
+    rows = (slice(start, min(start + block, num_rows)),)
+    one, other = (_slice(files[name], name, rows) for name in (embedding, head))
+    if not np.array_equal(one, other):
+      raise ValueError(
+        f"config.json ties the embeddings, but {head} is not {embedding}; set"
+        f" tie_word_embeddings to false, or drop {head}."
+      )
+
+
+# --- writing ------------------------------------------------------------------------
+
+
+def save(
+  policy: Policy,
+  directory: str | pathlib.Path,
+  *,
+  tokenizer=None,
+  generation: dict[str, Any] | None = None,
+  card: str | None = None,
+  max_file_bytes: int = 5_000_000_000,
+) -> None:
+  """Writes what `transformers`, vLLM and SGLang load.
+
+  config.json, generation_config.json, safetensors (with an index where there are
+  several files), the tokenizer with its chat template, a model card. The host holds
+  one file's tensors at a time. Every process takes part, the first one writes.
+
+  Args:
+    policy: parameters are written as they are.
+    directory: made if it is missing.
+    tokenizer: a `transformers` tokenizer.
+    generation: further fields of generation_config.json, those of the start model.
+    card: the text of README.md.
+    max_file_bytes: where the next file begins.
+
+  Raises:
+    ValueError: a policy that no family of the format can tell.
+  """
+  special = {"eos_token_id": list(policy.eos_ids) or None}
+  if tokenizer is not None:
+    special["bos_token_id"] = tokenizer.bos_token_id
+    special["pad_token_id"] = tokenizer.pad_token_id
+  dtype = str(jax.tree.leaves(policy)[0].dtype)
+  texts = {
+    "config.json": config_to(policy.config) | special | {"torch_dtype": dtype},
+    "generation_config.json": (generation or {}) | special,
+  }
+  files = _split(policy, max_file_bytes)
+  names = [
+    f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))
+  ]
+  if len(files) == 1:
+    names = ["model.safetensors"]
+  else:
+    where = {
+      theirs: file
+      for file, entries in zip(names, files, strict=True)
+      for theirs, *_ in entries
+    }
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(policy))
+    texts["model.safetensors.index.json"] = {
+      "metadata": {"total_size": total},
+      "weight_map": where,
+    }
+  directory, writes = pathlib.Path(directory), jax.process_index() == 0
+  if writes:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, values in texts.items():
+      (directory / name).write_text(json.dumps(values, indent=2) + "\n")
+    if card is not None:
+      (directory / "README.md").write_text(card)
+    if tokenizer is not None:
+      tokenizer.save_pretrained(directory)
+  for name, entries in zip(names, files, strict=True):
+    tensors = {
+      theirs: _gather(leaf, layer, transposed=ours.endswith(".kernel"))
+      for theirs, ours, leaf, layer in entries
+    }
+    if writes:
+      save_file(tensors, directory / name, metadata={"format": "pt"})
+
+
+def _split(policy, max_file_bytes) -> list[list[tuple]]:
+  """(their name, our name, our array, layer or None) of every tensor, file by file."""
+  files, size = [[]], 0
+  for entry in sorted(_entries(policy), key=lambda entry: entry[3] or 0):
+    _, _, leaf, layer = entry
+    num_bytes = leaf.nbytes // (1 if layer is None else leaf.shape[0])
+    if files[-1] and size + num_bytes > max_file_bytes:
+      files.append([])
+      size = 0
+    files[-1].append(entry)
+    size += num_bytes
+  return files
+
+
+def _entries(policy) -> Iterator[tuple]:
+  for key, leaf in jax.tree_util.tree_flatten_with_path(policy)[0]:
+    ours = _our_name(key)
+    stacked = "{i}" in _NAMES[ours]
+    for layer, theirs in enumerate(_their_names(ours, policy.config)):
+      yield theirs, ours, leaf, layer if stacked else None
+
+
+def _gather(leaf, layer, *, transposed) -> np.ndarray:
+  """One tensor on the host, whole."""
+  everywhere = None
+  if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+    everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+  array = np.asarray(_take(everywhere)(leaf, layer))
+  return np.ascontiguousarray(array.T if transposed else array)
+
+
+@functools.cache
+def _take(layout):
+  def take(leaf, layer):
+    return (
+      leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, 0, False)
+    )
+
+  return jax.jit(take, out_shardings=layout)

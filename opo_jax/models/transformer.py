@@ -12,13 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from opo_jax import sharding
 from opo_jax.models.attention import Keys, attention
 from opo_jax.models.config import ModelConfig
+from opo_jax.models.rope import rotary, rotate
 
 
 class Linear(nnx.Module):
@@ -49,6 +49,8 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
+  """Causal attention with grouped queries; Qwen3 normalises each query and key."""
+
   def __init__(self, config: ModelConfig, key: jax.Array):
     query, key_, value, out = jax.random.split(key, 4)
     D, E = config.width, config.head_dim
@@ -57,21 +59,26 @@ class Attention(nnx.Module):
     self.query = Linear(query, (D, H * E), ("embed", "heads"), std=std, bias=bias)
     self.key = Linear(key_, (D, K * E), ("embed", "kv_heads"), std=std, bias=bias)
     self.value = Linear(value, (D, K * E), ("embed", "kv_heads"), std=std, bias=bias)
-    self.out = Linear(out, (H * E, D), ("heads", "embed"), std=std)
+    self.out = Linear(
+      out, (H * E, D), ("heads", "embed"), std=std, bias=config.out_bias
+    )
+    self.query_norm = RMSNorm(E, config.norm_epsilon) if config.qk_norm else None
+    self.key_norm = RMSNorm(E, config.norm_epsilon) if config.qk_norm else None
     self.head_dim = E
 
-  def __call__(self, x_BTD, rotation, mask_BTT, cache):
+  def __call__(self, x_BTD, positions_BT, rotation, mask_BTT, cache, window):
     B, T, _ = x_BTD.shape
 
-    def heads(x):
-      return x.reshape(B, T, -1, self.head_dim)
+    def heads(projection, norm=None):
+      x_BTHE = projection(x_BTD).reshape(B, T, -1, self.head_dim)
+      return x_BTHE if norm is None else norm(x_BTHE)
 
-    query_BTHE = rotate(heads(self.query(x_BTD)), rotation)
-    key_BKTE = rotate(heads(self.key(x_BTD)), rotation).swapaxes(1, 2)
-    value_BKTE = heads(self.value(x_BTD)).swapaxes(1, 2)
-    parts = [*cache, Keys(key_BKTE, value_BKTE, mask_BTT)]
-    out = self.out(attention(query_BTHE, parts).reshape(B, T, -1))
-    return out, (key_BKTE, value_BKTE)
+    query_BTHE = rotate(heads(self.query, self.query_norm), rotation)
+    key_BKTE = rotate(heads(self.key, self.key_norm), rotation).swapaxes(1, 2)
+    value_BKTE = heads(self.value).swapaxes(1, 2)
+    parts = [*cache, Keys(key_BKTE, value_BKTE, mask_BTT, positions=positions_BT)]
+    out_BTHE = attention(query_BTHE, parts, positions=positions_BT, window=window)
+    return self.out(out_BTHE.reshape(B, T, -1)), (key_BKTE, value_BKTE)
 
 
 class MLP(nnx.Module):
@@ -79,10 +86,11 @@ class MLP(nnx.Module):
 
   def __init__(self, config: ModelConfig, key: jax.Array):
     gate, up, down = jax.random.split(key, 3)
-    D, F, std = config.width, config.mlp_width, config.initializer_range
-    self.gate = Linear(gate, (D, F), ("embed", "mlp"), std=std)
-    self.up = Linear(up, (D, F), ("embed", "mlp"), std=std)
-    self.down = Linear(down, (F, D), ("mlp", "embed"), std=std)
+    D, F = config.width, config.mlp_width
+    std, bias = config.initializer_range, config.mlp_bias
+    self.gate = Linear(gate, (D, F), ("embed", "mlp"), std=std, bias=bias)
+    self.up = Linear(up, (D, F), ("embed", "mlp"), std=std, bias=bias)
+    self.down = Linear(down, (F, D), ("mlp", "embed"), std=std, bias=bias)
 
   def __call__(self, x_BTD):
     return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
@@ -96,10 +104,8 @@ class Block(nnx.Module):
     self.mlp_norm = RMSNorm(config.width, config.norm_epsilon)
     self.mlp = MLP(config, mlp_key)
 
-  def __call__(self, x_BTD, rotation, mask_BTT, cache=()):
-    out, key_value = self.attention(
-      self.attention_norm(x_BTD), rotation, mask_BTT, cache
-    )
+  def __call__(self, x_BTD, *layout):
+    out, key_value = self.attention(self.attention_norm(x_BTD), *layout)
     x_BTD = x_BTD + out
     return x_BTD + self.mlp(self.mlp_norm(x_BTD)), key_value
 
@@ -112,7 +118,8 @@ class Policy(nnx.Module):
     key: random key of the fresh weights.
     eos_ids: the tokens that end a response.
     mesh: where activations lie; None for a single device.
-    dtype: of activations; parameters stay float32 masters.
+    dtype: of activations.
+    param_dtype: of parameters; float32 masters take the smallest steps.
   """
 
   def __init__(
@@ -123,6 +130,7 @@ class Policy(nnx.Module):
     eos_ids: tuple[int, ...] = (),
     mesh: Mesh | None = None,
     dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
   ):
     embedding_key, unembedding_key, layers_key = jax.random.split(key, 3)
     self.config, self.eos_ids, self.mesh = config, tuple(eos_ids), mesh
@@ -140,6 +148,9 @@ class Policy(nnx.Module):
     )
     self.final_norm = RMSNorm(config.width, config.norm_epsilon)
     self.untied = None if config.tie_embeddings else table(unembedding_key)
+    # Drawn in float32, whatever they are kept in.
+    state = nnx.state(self, nnx.Param)
+    nnx.update(self, jax.tree.map(lambda leaf: leaf.astype(param_dtype), state))
 
   @property
   def unembedding(self) -> jax.Array:
@@ -163,36 +174,41 @@ class Policy(nnx.Module):
       positions_BT: int32, for the rotary embedding.
       segment_ids_BT: a token attends to earlier columns of its own segment; 0 is
         padding. All one segment where it is None.
-      cache: further keys to attend to: key and value [L, C, K, S, E], mask [C, 1, S].
+      cache: further keys to attend to: key and value [L, C, K, S, E], mask [C, 1, S];
+        positions [C, S] where the model has a sliding window.
       remat: recompute each layer in the backward pass instead of keeping it.
 
     Returns:
       hidden [B, T, D], and the new (keys, values), each [L, B, K, T, E].
     """
-    T = tokens_BT.shape[1]
+    config, (B, T) = self.config, tokens_BT.shape
     mask_BTT = jnp.tril(jnp.ones((T, T), bool))[None]
     if segment_ids_BT is not None:
       mask_BTT &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     else:
-      mask_BTT = jnp.broadcast_to(mask_BTT, (tokens_BT.shape[0], T, T))
-    rotation = rotary(positions_BT, self.config.head_dim, self.config.rope_theta)
+      mask_BTT = jnp.broadcast_to(mask_BTT, (B, T, T))
+    rotation = rotary(
+      positions_BT, config.head_dim, config.rope_theta, config.rope_scaling
+    )
     x_BTD = self.embedding[...][tokens_BT].astype(self.dtype)
     x_BTD = sharding.constrain(x_BTD, self.mesh, "batch", None, None)
 
     def layer(x_BTD, inputs):
-      block, keys_values = inputs
+      block, keys_values, window = inputs
       parts = [
         part._replace(key=key, value=value)
         for part, (key, value) in zip(cache, keys_values, strict=True)
       ]
-      x_BTD, key_value = block(x_BTD, rotation, mask_BTT, parts)
+      x_BTD, key_value = block(x_BTD, positions_BT, rotation, mask_BTT, parts, window)
       return sharding.constrain(x_BTD, self.mesh, "batch", None, None), key_value
 
     if remat:
       layer = jax.checkpoint(layer)
     keys_values = [(part.key, part.value) for part in cache]
     with self._precision():
-      x_BTD, new = jax.lax.scan(layer, x_BTD, (self.layers, keys_values))
+      x_BTD, new = jax.lax.scan(
+        layer, x_BTD, (self.layers, keys_values, self._windows())
+      )
     return self.final_norm(x_BTD), new
 
   def project(self, hidden: jax.Array) -> jax.Array:
@@ -201,6 +217,14 @@ class Policy(nnx.Module):
       return jnp.einsum(
         "...d,vd->...v", hidden, self.unembedding, preferred_element_type=jnp.float32
       )
+
+  def _windows(self) -> jax.Array | None:
+    """[L] how many tokens each layer sees, itself included; None: all, everywhere."""
+    config = self.config
+    if not config.sliding_window:
+      return None
+    everything = jnp.full(config.num_layers, jnp.iinfo(jnp.int32).max)
+    return everything.at[jnp.array(config.sliding_layers)].set(config.sliding_window)
 
   def _precision(self):
     """float32 means float32: accelerators would otherwise round the factors (TF32 on
@@ -228,22 +252,3 @@ class Policy(nnx.Module):
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return self.project(self.hidden(tokens, positions, segment_ids)[0])
-
-
-def rotary(positions_BT, head_dim, theta):
-  """cos and sin [B, T, 1, E/2] of the rotary embedding, float32."""
-  # In float64 on the host, so that every backend gets the same: at position 30,000 a
-  # relative error of 1e-6 turns a head by 2 degrees.
-  frequencies = np.float32(theta ** (-np.arange(0, head_dim, 2) / head_dim))
-  angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
-  return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BTHE, rotation):
-  """Rotates the two halves of each head against each other (the HF layout)."""
-  cos, sin = rotation
-  first, second = jnp.split(x_BTHE.astype(jnp.float32), 2, axis=-1)
-  out = jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], axis=-1
-  )
-  return out.astype(x_BTHE.dtype)
