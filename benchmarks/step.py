@@ -1,6 +1,7 @@
 """Where the time of one RL step goes: rollout and update, in ms and tokens/s.
 
     python benchmarks/step.py [--repeats 5]
+    make bench-peers              (with TRL and Tunix beside, in a venv of their own)
 
 Two shapes: the quickstart's, and bench-small (Qwen2, vocabulary 4096, width 256, 6
 layers, tied; 16 prompts of 64 tokens x 8 samples of 128 tokens). Machines differ and
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from rollouts import in_turns, peer, table
 
 from opo_jax import trainer
 from opo_jax.advantages import ESTIMATORS
@@ -38,7 +40,7 @@ def milliseconds(function, repeats):
   return statistics.median(times[1:]), times[0]
 
 
-def main(repeats: int) -> None:
+def main(repeats: int, python: str | None) -> None:
   print(
     f"{jax.default_backend()}, {jax.device_count()} device(s), JAX {jax.__version__}"
   )
@@ -80,8 +82,21 @@ def main(repeats: int) -> None:
         f"    {median / total:12.0%}"
       )
 
+    def step(rollout=rollout, learn=learn):
+      rollout()
+      return learn()
+
+    if python and name == "bench-small":
+      print("\nwhole step of bench-small")
+      times = in_turns({"opo_jax": step}, repeats)
+      for label in ("TRL", "Tunix"):
+        times[label] = peer(python, label.lower(), "step", repeats)
+      table(prompts * samples * tokens, times)
+
 
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--repeats", type=int, default=5)
-  main(parser.parse_args().repeats)
+  parser.add_argument("--peers", help="the interpreter of the peers' venv")
+  arguments = parser.parse_args()
+  main(arguments.repeats, arguments.peers)

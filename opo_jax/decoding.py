@@ -98,6 +98,9 @@ class Drawn:
   finished: jax.Array  # [N]
 
 
+in_compute_dtype = jax.jit(Policy.in_compute_dtype)
+
+
 @functools.partial(jax.jit, static_argnames="settings")
 def prefill(
   policy: Policy, tokens_GP: jax.Array, lengths_G: jax.Array, settings: Settings
@@ -319,7 +322,7 @@ def resize(slots: Slots, settings: Settings, num_slots: int, width: int) -> Slot
   )
 
 
-PROGRAMS = (prefill, row_keys, start, decode, resize)
+PROGRAMS = (in_compute_dtype, prefill, row_keys, start, decode, resize)
 
 
 def mostly_idle(busy, num_slots: int, settings: Settings):

@@ -167,6 +167,8 @@ class _Sampling:
   ):
     limits = _per_row("max_new_tokens", max_new_tokens, prompts, samples_per_prompt)
     _check_input(policy, prompts, samples_per_prompt, limits, stop)
+    if policy.embedding[...].dtype != policy.dtype:
+      policy = decoding.in_compute_dtype(policy)  # once, not at every token
     self.policy, self.num_samples = policy, samples_per_prompt
     shards = sharding.batch_shards(policy.mesh)
     self.settings = decoding.Settings(

@@ -771,6 +771,16 @@ def test_only_distances_between_positions_matter(policy):
   assert np.abs(stretched - expected).max() > 0.1
 
 
+def test_matrices_kept_in_the_compute_dtype_give_the_same_bits():
+  config = random_policy().config
+  wide = jax.jit(lambda key: Policy(config, key, dtype=jnp.bfloat16))(jax.random.key(3))
+  narrow = jax.jit(Policy.in_compute_dtype)(wide)
+  assert narrow.layers.mlp.up.kernel[...].dtype == jnp.bfloat16
+  assert narrow.layers.mlp_norm.scale[...].dtype == jnp.float32
+  tokens = random_tokens(1, 3, 7)
+  np.testing.assert_array_equal(narrow.logits(tokens), wide.logits(tokens))
+
+
 # --- attention ----------------------------------------------------------------------
 
 

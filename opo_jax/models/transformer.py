@@ -218,6 +218,19 @@ class Policy(nnx.Module):
         "...d,vd->...v", hidden, self.unembedding, preferred_element_type=jnp.float32
       )
 
+  def in_compute_dtype(self) -> "Policy":
+    """The same function with its matrices kept in the dtype they are multiplied in.
+
+    A decode step reads all of them; in bfloat16 that is half of what float32 masters
+    take. The scales of the norms are multiplied in float32 and stay.
+    """
+
+    def cast(path, leaf):
+      is_scale = any(getattr(key, "name", None) == "scale" for key in path)
+      return leaf if is_scale else leaf.astype(self.dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, self)
+
   def _windows(self) -> jax.Array | None:
     """[L] how many tokens each layer sees, itself included; None: all, everywhere."""
     config = self.config
