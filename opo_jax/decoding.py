@@ -21,7 +21,6 @@ a few numbers crosses the devices.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -108,8 +107,10 @@ def prefill(
   """Keys, values and the last hidden state of every prompt, some prompts at a time."""
   G, P = tokens_GP.shape
   shards = settings.shards
-  chunk = math.gcd(G // shards, max(1, _PREFILL_TOKENS // P))
-  chunks = G // shards // chunk
+  # As few chunks as the memory allows, and all of one size.
+  per_shard, most = G // shards, max(1, _PREFILL_TOKENS // P)
+  chunk = max(n for n in range(1, per_shard + 1) if per_shard % n == 0 and n <= most)
+  chunks = per_shard // chunk
 
   def split(array):  # [G, ...] -> [chunks, shards * chunk, ...]
     array = array.reshape(shards, chunks, chunk, *array.shape[1:])

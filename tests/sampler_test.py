@@ -157,6 +157,15 @@ def test_idle_slots_leave_the_batch_when_the_queue_is_empty():
   np.testing.assert_array_equal(moved, alone.tokens[-1])
 
 
+def test_prompts_prefilled_in_chunks_are_those_prefilled_together(monkeypatch):
+  prompts = [PROMPTS[i % 4] for i in range(6)]
+  together = sample(policy(), prompts)
+  monkeypatch.setattr(decoding, "_PREFILL_TOKENS", 3 * bucket(1))
+  decoding.prefill.clear_cache()
+  assert_same(sample(policy(), prompts), together)
+  decoding.prefill.clear_cache()
+
+
 def test_a_shared_prompt_equals_a_repeated_prompt():
   seeds = list(range(12))
   shared = sample(policy(), PROMPTS[:2], seed=seeds)
