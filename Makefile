@@ -3,7 +3,7 @@
 #
 #   make train EXP=quickstart [RUN=runs/quickstart] [ARGS="--steps 3 --seed 1"]
 #   make eval RUN=runs/quickstart [ARGS="--eval.samples 16"]
-#   make sample RUN=runs/quickstart PROMPT="3 + 4"
+#   make sample RUN=runs/quickstart PROMPT="a3b4c2"
 #   make report RUN=…       make export RUN=… OUT=directory
 #   make variance RUN=… [ARGS="--steps 0 60 120 --prompts 64"]
 #   make test               make lint               make bench

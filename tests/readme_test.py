@@ -36,6 +36,15 @@ def test_figures_in_the_tables_are_those_of_the_result_file():
           assert row[name] == f"{value:.1e}" or float(row[name]) == value, (label, name)
 
 
+def test_the_gap_in_the_sampling_page_is_what_the_benchmark_printed():
+  printed = (ROOT / "docs" / "results" / "on_policy_gap.txt").read_text().splitlines()
+  measured = [line.split() for line in printed[2:]]
+  rows = table("docs/sampling.md", "activations")
+  assert len(rows) == len(measured) == 9
+  for row, columns in zip(rows, measured, strict=True):
+    assert list(row.values()) == [*columns[:6], columns[7]]
+
+
 def test_the_claims_of_the_readme_hold_in_the_result_file():
   seeds = [result for label, result in RESULTS.items() if label.startswith("opo, seed")]
   assert len(seeds) == 3
