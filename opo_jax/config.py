@@ -295,11 +295,12 @@ class Config:
         " needs one above 0 (1.0 samples the policy itself)."
       )
     for name, part in (("rollout", self.rollout), ("eval", self.eval)):
-      for setting, low in (("top_p", 0.0), ("min_p", -1.0)):
-        value = getattr(part, setting)
-        if not low < value <= 1:
-          flag = f"--{name}.{setting.replace('_', '-')}"
-          raise ValueError(f"{flag} is {value}; it is a probability, at most 1.")
+      if not 0 < part.top_p <= 1:
+        raise ValueError(
+          f"--{name}.top-p is {part.top_p}; it must be above 0 and at most 1."
+        )
+      if part.min_p > 1:
+        raise ValueError(f"--{name}.min-p is {part.min_p}; it must be at most 1.")
     rollout = self.rollout
     filtered = rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
     if filtered and self.algorithm.updates_per_batch == 1:

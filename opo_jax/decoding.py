@@ -11,8 +11,8 @@ values of a slot lie in a ring of columns: all slots write the same column, and 
 attends to as many of the last columns as its response is long, so that a refill has
 nothing to clear.
 
-The loop is left only when its shapes should change: the ring is doubled when a response
-outgrows it, and halved when the long ones are gone; when the queue is empty and most
+The loop is left only when its shapes should change: the ring doubles when a response
+outgrows it and halves when the long ones are gone; when the queue is empty and most
 slots are idle, the busy ones move together.
 
 Every shard of the batch has prompts, a queue and slots of its own, so that nothing but
@@ -33,8 +33,8 @@ from opo_jax.rollouts import prompt_columns
 
 # The shortest ring of columns, and the fewest slots of a shard that are moved together.
 MIN_WIDTH, MIN_SLOTS = 64, 16
-# Prompt tokens of a shard that are prefilled at a time.
-_PREFILL_TOKENS = 16384
+# What a shard prefills at a time, at most: tokens, and attention scores.
+_PREFILL_TOKENS, _PREFILL_SCORES = 2**14, 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,20 +105,23 @@ def prefill(
   policy: Policy, tokens_GP: jax.Array, lengths_G: jax.Array, settings: Settings
 ) -> Prompts:
   """Keys, values and the last hidden state of every prompt, some prompts at a time."""
-  G, P = tokens_GP.shape
-  shards = settings.shards
-  # As few chunks as the memory allows, and all of one size.
-  per_shard, most = G // shards, max(1, _PREFILL_TOKENS // P)
-  chunk = max(n for n in range(1, per_shard + 1) if per_shard % n == 0 and n <= most)
-  chunks = per_shard // chunk
+  (G, P), shards = tokens_GP.shape, settings.shards
+  per_shard = G // shards
+  most = min(_PREFILL_TOKENS, _PREFILL_SCORES // (P * policy.config.num_heads)) // P
+  chunks = -(-per_shard // max(most, 1))
+  chunk = -(-per_shard // chunks)
 
   def split(array):  # [G, ...] -> [chunks, shards * chunk, ...]
-    array = array.reshape(shards, chunks, chunk, *array.shape[1:])
+    array = _by_shard(array, shards)
+    padding = [(0, 0), (0, chunks * chunk - per_shard)]
+    array = jnp.pad(array, padding + [(0, 0)] * (array.ndim - 2), mode="edge")
+    array = array.reshape(shards, chunks, chunk, *array.shape[2:])
     return array.swapaxes(0, 1).reshape(chunks, shards * chunk, *array.shape[3:])
 
   def join(array):
-    array = array.reshape(chunks, shards, chunk, *array.shape[2:])
-    return array.swapaxes(0, 1).reshape(G, *array.shape[3:])
+    array = array.reshape(chunks, shards, chunk, *array.shape[2:]).swapaxes(0, 1)
+    array = array.reshape(shards, chunks * chunk, *array.shape[3:])
+    return array[:, :per_shard].reshape(G, *array.shape[2:])
 
   def prefill_chunk(inputs):
     tokens, lengths = inputs
@@ -273,7 +276,8 @@ def decode(
     key, value = (x.astype(settings.cache_dtype) for x in new)
     column = (0, 0, 0, slots.step % W, 0)
 
-    row_S, next_row, fresh_S = _refill(slots, queue, done_S | ~busy_S, settings)
+    fresh_S = done_S | ~busy_S
+    row_S, next_row = _refill(slots, queue, fresh_S, settings)
     first_hidden_SD = _take(prompts.hidden, _prompt_of(row_S, settings), shards)
     slots = Slots(
       step=slots.step + 1,
@@ -389,7 +393,7 @@ def _refill(slots, queue, free_S, settings):
   row = jnp.where(free, row, _by_shard(slots.row, settings.shards))
   taken = free.sum(axis=1, dtype=jnp.int32)
   next_row = jnp.minimum(slots.next_row + taken, queue.counts)
-  return row.reshape(-1), next_row, free_S
+  return row.reshape(-1), next_row
 
 
 # --- shards: what belongs to one stays on it ------------------------------------------

@@ -9,6 +9,7 @@ and from nothing else, so a rollout depends neither on the number of slots and d
 nor on its neighbours.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -145,7 +146,7 @@ def count_bucket(count: int) -> int:
 
 
 class _Sampling:
-  """One call of `generate`: the host side, which chooses shapes and reads four numbers
+  """One call of `generate`: the host side, which chooses shapes and reads three numbers
   whenever the device's loop has stopped."""
 
   def __init__(
@@ -165,8 +166,10 @@ class _Sampling:
     slots=None,
     cache_dtype=None,
   ):
-    limits = _per_row("max_new_tokens", max_new_tokens, prompts, samples_per_prompt)
-    _check_input(policy, prompts, samples_per_prompt, limits, stop)
+    eos_ids = policy.eos_ids if eos_ids is None else eos_ids
+    _check_input(policy, prompts, samples_per_prompt, eos_ids, stop)
+    limits = _per_row("max_new_tokens", max_new_tokens, prompts, samples_per_prompt, 1)
+    seeds = _per_row("seed", seed, prompts, samples_per_prompt, 0)
     if policy.embedding[...].dtype != policy.dtype:
       policy = decoding.in_compute_dtype(policy)  # once, not at every token
     self.policy, self.num_samples = policy, samples_per_prompt
@@ -175,8 +178,8 @@ class _Sampling:
       shards=shards,
       samples_per_prompt=samples_per_prompt,
       max_new_tokens=int(limits.max()),
-      eos_ids=tuple(policy.eos_ids if eos_ids is None else eos_ids),
-      stop=tuple(tuple(map(int, sequence)) for sequence in stop if len(sequence)),
+      eos_ids=tuple(map(int, eos_ids)),
+      stop=tuple(tuple(map(int, sequence)) for sequence in stop),
       cache_dtype=str(jnp.dtype(cache_dtype or policy.dtype)),
     )
     self.distribution = distribution.make(
@@ -213,10 +216,9 @@ class _Sampling:
       self.settings,
     )
     rows = np.maximum(rows, 0)
-    seeds = _per_row("seed", seed, prompts, samples_per_prompt)[rows]
     self.queue = decoding.Queue(
       keys=decoding.row_keys(
-        put(seeds.astype(np.uint32), "batch"),
+        put(seeds[rows].astype(np.uint32), "batch"),
         put(rows.astype(np.int32), "batch"),
         samples_per_prompt if np.ndim(seed) == 0 else None,
       ),
@@ -227,7 +229,12 @@ class _Sampling:
     )
     self.num_rows = per_shard * samples_per_prompt  # of a shard
     if slots is None:
-      slots = shards * _slots_that_fit(policy, self.settings, self.prompts)
+      slots = shards * _slots_that_fit(
+        policy.config,
+        policy.mesh,
+        self.settings.max_new_tokens,
+        self.settings.cache_dtype,
+      )
     self.num_slots = min(self.num_rows, -(-slots // shards))
     self.width = self._ring(0)
     # While every row has its own slot, the rows of a group lie together, and the keys
@@ -261,9 +268,8 @@ class _Sampling:
       return False
     if longest >= self.width:
       self._resize(self.num_slots, self._ring(longest))
-    elif decoding.too_wide(longest, self.width):
-      # Room to grow: no going to and fro.
-      self._resize(self.num_slots, self._ring(2 * longest))
+    while decoding.too_wide(longest, self.width):
+      self._resize(self.num_slots, self._ring((self.width - 1) // 2))
     while not waiting and decoding.mostly_idle(busy, self.num_slots, self.settings):
       self._resize(decoding.fewer_slots(self.num_slots), self.width)
     return True
@@ -318,38 +324,44 @@ def _right_aligned(prompts):
   return tokens, lengths
 
 
-def _per_row(name, value, prompts, samples):
-  """One number for all rows, or one for each, as an array."""
-  num_rows = len(prompts) * samples
-  if np.ndim(value) and len(value) != num_rows:
+def _per_row(name, value, prompts, samples, least):
+  """One whole number for all rows, or one for each, as an array."""
+  num_rows, array = len(prompts) * samples, np.asarray(value)
+  if array.ndim and array.shape != (num_rows,):
     raise ValueError(
-      f"{name} has {len(value)} values for {len(prompts)} prompts x {samples} samples;"
+      f"{name} has {len(array)} values for {len(prompts)} prompts x {samples} samples;"
       f" give one number, or {num_rows} of them."
     )
-  return np.broadcast_to(np.asarray(value), (num_rows,))
+  if array.dtype.kind not in "iu" or array.min() < least or array.max() >= 2**32:
+    raise ValueError(f"{name}={value} is no whole number from {least} to 2^32 - 1.")
+  return np.broadcast_to(array, (num_rows,))
 
 
-def _slots_that_fit(policy, settings, prompts) -> int:
-  """Slots of a shard whose rings, at their longest, fill half of the free memory."""
-  config, parts = policy.config, 1
-  if policy.mesh is not None and not config.num_kv_heads % policy.mesh.shape["tensor"]:
-    parts = policy.mesh.shape["tensor"]
-  column = 2 * config.num_layers * config.num_kv_heads * config.head_dim // parts
-  column *= jnp.dtype(settings.cache_dtype).itemsize
-  # A ring of half the size is still there while the next one is filled.
-  slot = column * settings.max_new_tokens * 3 // 2
-  budget = sharding.free_bytes(policy.mesh) // 2
+# Once for all steps: free memory wavers, and another number is another program.
+@functools.cache
+def _slots_that_fit(config, mesh, max_new_tokens, cache_dtype) -> int:
+  """Slots of a shard, a power of two, that at their longest take half of the memory
+  that is free when it is first asked for."""
+  parts = 1 if mesh is None else mesh.shape["tensor"]
+  heads = config.num_kv_heads
+  heads = heads if heads % parts else heads // parts
+  column = 2 * config.num_layers * heads * config.head_dim
+  column *= jnp.dtype(cache_dtype).itemsize
+  # A ring of half the size is still there while the next one is filled. Of the logits
+  # there are some copies, sorted ones among them.
+  slot = column * max_new_tokens * 3 // 2 + 8 * 4 * config.vocab_size // parts
+  budget = sharding.free_bytes(mesh) // 2
   if slot > budget:
     raise ValueError(
-      f"The keys and values of one response of {settings.max_new_tokens} tokens take"
+      f"The keys and values of one response of {max_new_tokens} tokens take"
       f" {slot / 2**30:.1f} GiB, and {budget / 2**30:.1f} are to be had; use fewer"
       " tokens (--rollout.max-new-tokens) or more devices along a tensor axis"
       " (--mesh.tensor)."
     )
-  return budget // slot
+  return 1 << ((budget // slot).bit_length() - 1)
 
 
-def _check_input(policy, prompts, samples_per_prompt, limits, stop) -> None:
+def _check_input(policy, prompts, samples_per_prompt, eos_ids, stop) -> None:
   if not len(prompts):
     raise ValueError("There are no prompts to sample from; pass at least one.")
   empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
@@ -366,11 +378,11 @@ def _check_input(policy, prompts, samples_per_prompt, limits, stop) -> None:
         " use the tokenizer the policy was made for."
       )
   if samples_per_prompt < 1:
-    raise ValueError(f"samples_per_prompt={samples_per_prompt} is out of its range.")
-  if limits.min() < 1:
-    raise ValueError(f"max_new_tokens={limits.min()} is out of its range.")
+    raise ValueError(f"samples_per_prompt={samples_per_prompt}; it must be at least 1.")
+  if np.ndim(eos_ids) != 1:
+    raise ValueError(f"eos_ids={eos_ids!r}; give a sequence of token ids, () for none.")
   for sequence in stop:
-    if isinstance(sequence, int | str) or not len(sequence):
+    if isinstance(sequence, str) or np.ndim(sequence) != 1 or not len(sequence):
       raise ValueError(
         f"stop has {sequence!r}; each entry is a sequence of token ids, one at least."
       )

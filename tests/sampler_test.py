@@ -146,24 +146,28 @@ def test_the_ring_is_as_wide_as_the_responses_not_as_the_limit():
 
 
 def test_idle_slots_leave_the_batch_when_the_queue_is_empty():
-  limits = [1] * 63 + [256]
-  options = dict(samples_per_prompt=64, eos_ids=(), seed=3)
-  sampling = sampler._Sampling(policy(), [[3]], max_new_tokens=limits, **options)
+  """One long row of each prompt; both go on with the prompt that is theirs."""
+  prompts, long = [[3], [4, 5, 6]], np.array([31, 63])
+  limits = np.where(np.isin(np.arange(64), long), 256, 1)
+  options = dict(samples_per_prompt=32, eos_ids=(), seed=3)
+  sampling = sampler._Sampling(policy(), prompts, max_new_tokens=limits, **options)
   while sampling.advance():
     pass
   assert sampling.num_slots == 16
-  alone = generate(policy(), [[3]], max_new_tokens=40, **options)
-  moved = sampling.rollouts(0).tokens[-1, :40]
-  np.testing.assert_array_equal(moved, alone.tokens[-1])
+  alone = generate(policy(), prompts, max_new_tokens=40, **options)
+  moved = sampling.rollouts(0).tokens[:, :40]
+  np.testing.assert_array_equal(moved[long], alone.tokens[long])
 
 
 def test_prompts_prefilled_in_chunks_are_those_prefilled_together(monkeypatch):
-  prompts = [PROMPTS[i % 4] for i in range(6)]
+  prompts = [PROMPTS[i % 4] for i in range(5)]  # 3 and 2
   together = sample(policy(), prompts)
   monkeypatch.setattr(decoding, "_PREFILL_TOKENS", 3 * bucket(1))
   decoding.prefill.clear_cache()
-  assert_same(sample(policy(), prompts), together)
-  decoding.prefill.clear_cache()
+  try:
+    assert_same(sample(policy(), prompts), together)
+  finally:
+    decoding.prefill.clear_cache()
 
 
 def test_a_shared_prompt_equals_a_repeated_prompt():
@@ -236,14 +240,36 @@ def test_a_stop_sequence_ends_a_response_and_belongs_to_it():
     assert response == free[row][: ends[0] if ends else 40]
     ended += done
   assert 0 < ended < 24, "both kinds of row are needed here"
-  # Not the prompt's tokens: the first of two may not be found before the response.
-  assert all(len(response) > 1 or response[0] == first[2] for response in [first])
+
+
+def test_a_stop_sequence_does_not_begin_in_the_prompt():
+  options = dict(eos_ids=(), max_new_tokens=8, samples_per_prompt=1)
+  free = rows_of(sample(policy(), PROMPTS[:1], **options))[0, 0]
+  pair = [PROMPTS[0][-1], free[0]]
+  assert pair not in [free[i : i + 2] for i in range(7)]
+  stopped = sample(policy(), PROMPTS[:1], stop=[pair], **options)
+  assert rows_of(stopped)[0, 0] == free
 
 
 def test_rollouts_do_not_depend_on_the_mesh():
   alone = rows_of(sample(policy()))
   for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2)):
     assert rows_of(sample(policy(mesh=sharding.make_mesh(*sizes)))) == alone
+
+
+@pytest.mark.parametrize(
+  "sizes", [(2, 1, 2), pytest.param((4, 1, 1), marks=pytest.mark.slow)]
+)
+def test_refilled_slots_of_several_devices_give_what_one_gives(sizes, monkeypatch):
+  """Uneven queues, more shards than prompts for some, rings that change."""
+  monkeypatch.setattr(decoding, "MIN_WIDTH", 4)
+  devices = jax.devices()[: int(np.prod(sizes))]
+  mesh = sharding.make_mesh(*sizes, devices=devices)
+  for prompts, slots in ((PROMPTS + PROMPTS[:3], 8), (PROMPTS[:2], 4)):
+    limits = 1 + np.arange(3 * len(prompts)) * 7 % 10
+    options = dict(samples_per_prompt=3, max_new_tokens=limits)
+    alone = sample(policy(), prompts, **options)
+    assert_same(sample(policy(mesh=mesh), prompts, slots=slots, **options), alone)
 
 
 def test_a_new_seed_gives_new_rollouts():
@@ -320,6 +346,40 @@ def test_top_k_and_top_p_keep_what_they_say():
   np.testing.assert_allclose(nucleus.sampling_logprobs[:, 0], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("vocab_size", [320, 300], ids=["whole blocks", "padded"])
+def test_draws_over_several_blocks_have_the_probabilities(vocab_size):
+  """Every third word is impossible, whole blocks among them."""
+  assert 4 <= distribution._block_size(vocab_size) <= 20
+  logits = np.array(1.5 * jax.random.normal(jax.random.key(0), (vocab_size,)))
+  logits[::3], logits[40:80] = -np.inf, -np.inf
+  num_draws = 200_000
+  tokens, logprobs, _ = jax.jit(distribution.draw)(
+    jnp.broadcast_to(jnp.array(logits), (num_draws, vocab_size)),
+    jax.random.split(jax.random.key(1), num_draws),
+    distribution.make(vocab_size),
+  )
+  expected = np.exp(logits - logits.max()).astype(np.float64)
+  expected *= num_draws / expected.sum()
+  observed = np.bincount(tokens, minlength=vocab_size)
+  assert not observed[expected == 0].any()
+  np.testing.assert_allclose(np.exp(logprobs), expected[tokens] / num_draws, rtol=1e-4)
+  likely = expected > 5
+  cells = likely.sum()
+  statistic = ((observed - expected) ** 2 / np.maximum(expected, 1e-9))[likely].sum()
+  # A chi-square of n cells is above n + 6 sqrt(2 n) with probability below 1e-7.
+  assert statistic < cells + 6 * np.sqrt(2 * cells)
+
+
+def test_one_word_that_is_left_is_drawn_and_no_logits_name_a_word_that_is_none():
+  logits = np.full((2, 300), -np.inf, np.float32)
+  logits[0, 299], logits[1] = 0.0, np.nan
+  tokens, logprobs, _ = distribution.draw(
+    jnp.array(logits), jax.random.split(jax.random.key(0), 2), distribution.make(300)
+  )
+  assert tokens[0] == 299 and logprobs[0] == 0
+  assert tokens[1] < 300 and np.isnan(logprobs[1])
+
+
 def test_min_p_keeps_what_is_probable_enough_beside_the_first():
   logits = 2.0 * jax.random.normal(jax.random.key(0), (50, 200))
   kept = distribution.kept(logits, distribution.make(200, min_p=0.2))
@@ -388,6 +448,35 @@ def compiled_decode(policy, *, slots):
   return sampling, program.compile()
 
 
+def test_rings_of_long_responses_need_few_programs(monkeypatch):
+  """A decode program for each width, and a change to the next one up and down."""
+  monkeypatch.setattr(decoding, "MIN_WIDTH", 4)
+  decoding.decode.clear_cache(), decoding.resize.clear_cache()
+  limits = [1, 32, 2, 30, 1, 1, 17, 3, 2, 25, 1, 1]
+  for seed in range(3):
+    limits = limits[3:] + limits[:3]
+    sample(policy(), samples_per_prompt=3, max_new_tokens=limits, seed=seed, slots=2)
+  # Widths 4, 8, 16, 32.
+  assert decoding.decode._cache_size() <= 4
+  assert decoding.resize._cache_size() <= 6
+  decoding.decode.clear_cache(), decoding.resize.clear_cache()
+
+
+def test_the_number_of_slots_is_chosen_once(monkeypatch):
+  """Free memory wavers from step to step; another number would be another program."""
+  sampler._slots_that_fit.cache_clear()
+  chosen = []
+  for free in (100_000, 97_000, 130_000):
+    monkeypatch.setattr(sharding, "free_bytes", lambda mesh, free=free: free)
+    sampling = sampler._Sampling(
+      policy(), [[3]], samples_per_prompt=64, max_new_tokens=12
+    )
+    chosen.append(sampling.num_slots)
+  sampler._slots_that_fit.cache_clear()
+  # A slot takes 2 x 2 layers x 2 heads x 8 x 4 bytes x 12 x 3/2 + 8 x 4 x 24 = 5,376.
+  assert chosen == [8, 8, 8]
+
+
 @pytest.mark.parametrize("slots", [64, 96], ids=["refill", "in groups"])
 def test_keys_and_values_are_written_in_place(slots):
   """A copy of the ring would be 1 to 2 times its size; one layer's is an eighth."""
@@ -440,9 +529,13 @@ def test_prompt_widths_are_few():
       {"max_new_tokens": [3, 4]},
       "max_new_tokens has 2 values for 1 prompts x 6",
     ),
+    ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens=2.5 is no whole number"),
+    ([[1]], {"seed": -1}, "seed=-1 is no whole number"),
+    ([[1]], {"samples_per_prompt": -1}, "samples_per_prompt=-1"),
+    ([[1]], {"eos_ids": 3}, "eos_ids=3"),
     ([[1]], {"stop": [5]}, "stop has 5"),
     ([[1]], {"stop": [[]]}, "stop has"),
-    ([[1]], {"max_new_tokens": 2**40}, r"use fewer\s+tokens \(--rollout.max-new"),
+    ([[1]], {"max_new_tokens": 2**31}, r"use fewer\s+tokens \(--rollout.max-new"),
   ],
 )
 def test_bad_input_is_refused(prompts, options, message):

@@ -54,7 +54,7 @@ def attention(
       included. None: as far back as the masks allow.
 
   Returns:
-    [B, T, H, E] in the query's dtype; scores and softmax are float32.
+    [B, T, H, E] in the query's dtype; scores, softmax and sums are float32.
 
   Raises:
     ValueError: a window over keys without positions.
@@ -73,6 +73,7 @@ def attention(
   for part in parts:
     start, end = end, end + part.key.shape[2]
     out += _weighted_values(probs[..., start:end], part)
+  out = out.astype(query.dtype)
   return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
 
 
@@ -132,5 +133,6 @@ def _weighted_values(probs_BKRTS, part):
     "ckns,ckse->ckne",
     probs.reshape(C, K, shared * R * T, S),
     part.value.astype(probs.dtype),
+    preferred_element_type=jnp.float32,
   )
   return out.reshape(C, K, shared, R * T, E).swapaxes(1, 2).reshape(B, K, R, T, E)
