@@ -8,18 +8,23 @@ kv heads, tied, float32. All contenders get the same shapes, lengths and threads
 
     dense      16 prompts of 64 tokens x 8 samples, all of exactly 128 new tokens
     long-tail  64 prompts of 64 tokens x 8 samples in 64 slots, each length given:
-               log-normal, mean a quarter of the limit of 512
+               log-normal, mean a quarter of the limit of 512. With refill off, 64
+               rollouts wait for the longest of them, with and without moving the busy
+               slots of a batch together when most are idle
     step       the time of one decode step over its floor: the bytes of parameters and
                attended cache over the measured bandwidth of a copy, or its FLOPs over
                the measured rate of a matrix product, whichever takes longer; on a GPU
                or TPU also for Qwen2 shapes of 0.5B and 1.5B parameters in bfloat16
 
-Machines differ and are noisy: what is compared is measured here in turns, and the
-ratios are what counts.
+Machines differ and are noisy: what is compared is measured here in one run, our own
+variants in turns and a peer between two of ours (in long-tail: after), and the ratios
+are what counts.
 """
 
 import argparse
+import itertools
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -30,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opo_jax import decoding
 from opo_jax.models import ModelConfig, Policy
 from opo_jax.sampler import generate
 
@@ -47,9 +53,11 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
 
 
 def log_normal_lengths(count: int, limit: int) -> np.ndarray:
-  """Lengths in [1, limit] whose mean before clipping is a quarter of the limit."""
+  """Log-normal lengths in [1, limit], their mean a quarter of the limit."""
   normal = np.random.default_rng(1).standard_normal(count)
-  return np.clip(np.exp(np.log(limit / 4) - 0.5 + normal), 1, limit).astype(int)
+  scales = np.exp(np.linspace(0, np.log(limit), 1000))
+  lengths = np.clip(scales[:, None] * np.exp(normal), 1, limit).astype(int)
+  return lengths[np.abs(lengths.mean(axis=1) - limit / 4).argmin()]
 
 
 def seconds(function) -> float:
@@ -74,7 +82,7 @@ def peer(python: str | None, name: str, task: str, repeats: int, lengths=None):
   if python is None:
     return None
   command = [python, PEERS / f"{name}_peer.py", "--task", task]
-  command += ["--repeats", str(repeats), "--threads", "2"]
+  command += ["--repeats", str(repeats), "--threads", str(len(os.sched_getaffinity(0)))]
   with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
     if lengths is not None:
       json.dump([int(length) for length in lengths], file)
@@ -90,11 +98,11 @@ def table(tokens: int, times: dict[str, list[float] | None]) -> None:
   """Median, range, tokens/s, and how many times as fast the first row is."""
   times = {name: values for name, values in times.items() if values}
   first = statistics.median(next(iter(times.values())))
-  print(f"{'':34}  median s  (min, max)        tokens/s  first is faster by")
+  print(f"{'':36}  median s  (min, max)        tokens/s  first is faster by")
   for name, values in times.items():
     median = statistics.median(values)
     print(
-      f"{name:34}  {median:8.2f}  ({min(values):.2f}, {max(values):.2f})"
+      f"{name:36}  {median:8.2f}  ({min(values):.2f}, {max(values):.2f})"
       f"  {tokens / median:12.0f}  {median / first:8.2f}"
     )
 
@@ -142,8 +150,15 @@ def long_tail(policy: Policy, repeats: int, python: str | None) -> None:
     f"\nlong-tail: 64 x 8 rollouts of 64 + 1 to 512 tokens in 64 slots, mean"
     f" {lengths.mean():.0f}"
   )
-  contenders = {"opo_jax, refill": refill, "opo_jax, refill off": batches}
+  contenders = {
+    "opo_jax, refill": refill,
+    "opo_jax, refill off, busy ones moved": batches,
+  }
   times = in_turns(contenders, repeats)
+  most, decoding.MIN_SLOTS = decoding.MIN_SLOTS, slots
+  decoding.decode.clear_cache()
+  times |= in_turns({"opo_jax, refill off": batches}, repeats)
+  decoding.MIN_SLOTS = most
   times["TRL"] = peer(python, "trl", "long_tail", 1, lengths)
   table(int(lengths.sum()), times)
 
@@ -156,24 +171,34 @@ def decode_step(repeats: int) -> None:
     f"\nstep: copies at {bandwidth / 1e9:.0f} GB/s, products at {rate / 1e12:.2f}"
     f" TFLOP/s in {jnp.dtype(dtype).name}"
   )
-  print("shape        slots  length   ms/step   floor: bytes     FLOPs    floor / step")
+  print(
+    "shape        slots  rounds  length   ms/step   floor: bytes     FLOPs"
+    "    floor / step"
+  )
   shapes = {"bench-small": BENCH_SMALL} | (ACCELERATOR_SHAPES if accelerator else {})
   for name, config in shapes.items():
     policy = Policy(config, jax.random.key(0), dtype=dtype)
-    for slots in (64, 128) if not accelerator else (64, 256):
-      for tokens in (128, 512) if not accelerator else (512, 2048):
-        time_s = decode_step_s(policy, slots, tokens, repeats)
-        floors = decode_floors(config, slots, tokens, dtype, bandwidth, rate)
-        print(
-          f"{name:12} {slots:5}  {tokens:6}  {1e3 * time_s:8.2f}"
-          f"  {1e3 * floors[0]:13.2f}  {1e3 * floors[1]:8.2f}"
-          f"  {max(floors) / time_s:12.0%}"
-        )
+    for slots, tokens, rounds in itertools.product(
+      (64, 256) if accelerator else (64, 128),
+      (512, 2048) if accelerator else (128, 512),
+      (1, 2),
+    ):
+      time_s = decode_step_s(policy, slots, tokens, rounds, repeats)
+      floors = decode_floors(config, slots, tokens, dtype, bandwidth, rate)
+      print(
+        f"{name:12} {slots:5}  {rounds:6}  {tokens:6}  {1e3 * time_s:8.2f}"
+        f"  {1e3 * floors[0]:13.2f}  {1e3 * floors[1]:8.2f}"
+        f"  {max(floors) / time_s:12.0%}"
+      )
 
 
-def decode_step_s(policy, slots, tokens, repeats) -> float:
-  """Seconds of one decode step, the mean over a whole response."""
-  asked = prompts(slots // SAMPLES)
+def decode_step_s(policy, slots, tokens, rounds, repeats) -> float:
+  """Seconds of one decode step, the mean over whole responses.
+
+  In one round, the rows of a group lie together and share their prompt's keys; in two,
+  slots are refilled, and each gathers its prompt's.
+  """
+  asked = prompts(rounds * slots // SAMPLES)
 
   def rollouts(length):
     options = dict(samples_per_prompt=SAMPLES, eos_ids=(), slots=slots)
@@ -181,7 +206,7 @@ def decode_step_s(policy, slots, tokens, repeats) -> float:
 
   times = in_turns({"short": rollouts(1), "long": rollouts(tokens)}, repeats)
   short, long = (statistics.median(times[name]) for name in ("short", "long"))
-  return (long - short) / (tokens - 1)
+  return (long - short) / (rounds * (tokens - 1))
 
 
 def decode_floors(config, slots, tokens, dtype, bandwidth, rate) -> tuple[float, float]:
