@@ -294,6 +294,13 @@ def test_leave_one_out_survives_weights_a_billion_apart():
   np.testing.assert_allclose(found, [-0.5, 1.0, 0.0, 1.0, 0.0], atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["energy", "energy_loo"])
+def test_group_without_weight_gives_no_gradient(name):
+  columns = {"rewards": jnp.array([1.0, 0.0, 1.0]), "energy": jnp.zeros(3)}
+  columns["valid"] = jnp.array([True, True, False])
+  assert not variance.ESTIMATORS[name](columns, jnp.zeros(3, int), 1).any()
+
+
 def test_token_moments_are_those_of_explicit_gradients():
   rollouts, rewards = sampled()
   gram, energy = gram_matrices()
