@@ -11,7 +11,8 @@ Conventions that hold for all of them:
   is outside of `[0, num_groups)` is refused where it can be seen; inside of `jit`,
   where it cannot, the row counts as not valid.
 - A row with `valid=False` (an unscorable answer) or of length 0 gets advantage 0 and
-  moves nobody else's baseline. Its reward may be NaN.
+  moves nobody else's baseline. Its reward may be NaN; that of a row that counts is
+  refused where it can be seen.
 - A group without weight, and a group of one, gets advantage 0, never NaN.
   (For a group of one this is LMOps' choice; verl returns the reward itself.)
 - Arithmetic is float32, whatever comes in. A difference to the baseline that is within
@@ -21,6 +22,7 @@ Conventions that hold for all of them:
   `jax.sharding.auto_axes`.
 """
 
+import difflib
 from typing import Protocol
 
 import jax
@@ -72,11 +74,12 @@ def weighted_baseline(
 
   Returns:
     [N] float32. Where a group has no weight (left), the row's own reward: its
-    advantage is then 0.
+    advantage is then 0. (It is 0 where the row is not valid or its reward not finite.)
 
   Raises:
     ValueError: shapes that differ, ids that are not integers; in concrete arrays, also
-      an id out of range and a weight that is negative or NaN.
+      an id out of range, a weight that is negative or not finite, and a reward that is
+      not finite in a row that counts.
 
   >>> import jax.numpy as jnp
   >>> weighted_baseline(
@@ -84,11 +87,16 @@ def weighted_baseline(
   ... ).tolist()
   [0.75, 0.75]
   """
+  own = jnp.asarray(rewards, jnp.float32)
   rewards, weights, group_ids, _ = _prepare(
-    rewards, weights, group_ids, num_groups, valid
+    rewards, weights, group_ids, num_groups, valid, weights_name="weights"
   )
-  centred = _subtract_baseline(rewards, weights, group_ids, num_groups, leave_one_out)
-  return rewards - centred
+  centred, has_weight = _subtract_baseline(
+    rewards, weights, group_ids, num_groups, leave_one_out
+  )
+  # Not `rewards`, which is 0 in all rows that do not count, those of weight 0 too.
+  readable = jnp.isfinite(own) & (True if valid is None else jnp.asarray(valid, bool))
+  return jnp.where(has_weight, rewards - centred, jnp.where(readable, own, 0.0))
 
 
 def reinforce(rewards, lengths, group_ids, *, num_groups, valid=None):
@@ -114,7 +122,7 @@ def mean(rewards, lengths, group_ids, *, num_groups, valid=None):
   rewards, ones, group_ids, valid = _prepare(
     rewards, lengths, group_ids, num_groups, valid, alpha=0.0
   )
-  centred = _subtract_baseline(rewards, ones, group_ids, num_groups)
+  centred, _ = _subtract_baseline(rewards, ones, group_ids, num_groups)
   return jnp.where(valid, centred, 0.0)
 
 
@@ -132,7 +140,9 @@ def rloo(rewards, lengths, group_ids, *, num_groups, valid=None):
   rewards, ones, group_ids, valid = _prepare(
     rewards, lengths, group_ids, num_groups, valid, alpha=0.0
   )
-  centred = _subtract_baseline(rewards, ones, group_ids, num_groups, leave_one_out=True)
+  centred, _ = _subtract_baseline(
+    rewards, ones, group_ids, num_groups, leave_one_out=True
+  )
   return jnp.where(valid, centred, 0.0)
 
 
@@ -150,7 +160,7 @@ def grpo(rewards, lengths, group_ids, *, num_groups, valid=None, epsilon=1e-6):
   rewards, ones, group_ids, valid = _prepare(
     rewards, lengths, group_ids, num_groups, valid, alpha=0.0
   )
-  centred = _subtract_baseline(rewards, ones, group_ids, num_groups)
+  centred, _ = _subtract_baseline(rewards, ones, group_ids, num_groups)
   return _divide_by_std(centred, ones, group_ids, num_groups, valid, epsilon)
 
 
@@ -165,8 +175,12 @@ def reinforce_pp(rewards, lengths, group_ids, *, num_groups, valid=None, epsilon
   >>> [round(a, 3) for a in advantages.tolist()]
   [1.5, -0.5, -0.5, -0.5]
   """
+  rewards, ones, group_ids, valid = _prepare(
+    rewards, lengths, group_ids, num_groups, valid, alpha=0.0
+  )
   one_group = jnp.zeros_like(group_ids)
-  return grpo(rewards, lengths, one_group, num_groups=1, valid=valid, epsilon=epsilon)
+  centred, _ = _subtract_baseline(rewards, ones, one_group, 1)
+  return _divide_by_std(centred, ones, one_group, 1, valid, epsilon)
 
 
 def maxrl(rewards, lengths, group_ids, *, num_groups, valid=None, epsilon=1e-6):
@@ -183,7 +197,7 @@ def maxrl(rewards, lengths, group_ids, *, num_groups, valid=None, epsilon=1e-6):
   rewards, ones, group_ids, valid = _prepare(
     rewards, lengths, group_ids, num_groups, valid, alpha=0.0
   )
-  centred = _subtract_baseline(rewards, ones, group_ids, num_groups)
+  centred, _ = _subtract_baseline(rewards, ones, group_ids, num_groups)
   return jnp.where(valid, centred / (rewards - centred + epsilon), 0.0)
 
 
@@ -222,7 +236,7 @@ def opo(rewards, lengths, group_ids, *, num_groups, valid=None, alpha=0.5):
   rewards, weights, group_ids, valid = _prepare(
     rewards, lengths, group_ids, num_groups, valid, alpha=alpha
   )
-  centred = _subtract_baseline(rewards, weights, group_ids, num_groups)
+  centred, _ = _subtract_baseline(rewards, weights, group_ids, num_groups)
   return jnp.where(valid, centred, 0.0)
 
 
@@ -242,7 +256,7 @@ def opo_loo(rewards, lengths, group_ids, *, num_groups, valid=None, alpha=0.5):
   rewards, weights, group_ids, valid = _prepare(
     rewards, lengths, group_ids, num_groups, valid, alpha=alpha
   )
-  centred = _subtract_baseline(
+  centred, _ = _subtract_baseline(
     rewards, weights, group_ids, num_groups, leave_one_out=True
   )
   return jnp.where(valid, centred, 0.0)
@@ -258,8 +272,12 @@ def opo_batch(rewards, lengths, group_ids, *, num_groups, valid=None, alpha=0.5)
   >>> opo_batch(rewards, lengths, jnp.arange(4), num_groups=4).tolist()
   [0.5, -0.5, -0.5, -0.5]
   """
+  rewards, weights, group_ids, valid = _prepare(
+    rewards, lengths, group_ids, num_groups, valid, alpha=alpha
+  )
   one_group = jnp.zeros_like(group_ids)
-  return opo(rewards, lengths, one_group, num_groups=1, valid=valid, alpha=alpha)
+  centred, _ = _subtract_baseline(rewards, weights, one_group, 1)
+  return jnp.where(valid, centred, 0.0)
 
 
 def optimal_token(
@@ -301,7 +319,7 @@ def optimal_token(
 
   Raises:
     ValueError: shapes that do not fit, ids that are not integers; in concrete arrays,
-      also an id out of range.
+      also an id out of range, and a reward or energy that counts and is not finite.
 
   >>> import jax.numpy as jnp
   >>> advantages = optimal_token(
@@ -325,11 +343,12 @@ def optimal_token(
     rewards, mask.sum(-1), group_ids, num_groups, valid
   )
   mask &= counts[:, None]
+  _check_energy(energy, mask)
   # A norm is not negative; one that is computed may be, by rounding.
   energy = jnp.maximum(jnp.asarray(energy, jnp.float32), 0.0)
   spent = jnp.cumsum(jnp.where(mask, energy, 0.0), axis=1)
   alive = jax.lax.cummax(mask.astype(jnp.int32), axis=1, reverse=True) > 0
-  centred = _subtract_baseline(
+  centred, _ = _subtract_baseline(
     jnp.broadcast_to(rewards[:, None], mask.shape),
     jnp.where(alive, spent, 0.0),
     group_ids,
@@ -338,17 +357,27 @@ def optimal_token(
   return jnp.where(mask, centred, 0.0)
 
 
-ESTIMATORS: dict[str, Estimator] = {
-  "reinforce": reinforce,
-  "mean": mean,
-  "grpo": grpo,
-  "rloo": rloo,
-  "reinforce_pp": reinforce_pp,
-  "maxrl": maxrl,
-  "opo": opo,
-  "opo_loo": opo_loo,
-  "opo_batch": opo_batch,
-}
+class _Estimators(dict[str, Estimator]):
+  def __missing__(self, name):
+    near = difflib.get_close_matches(str(name), self, n=1)
+    hint = f"did you mean {near[0]}? There" if near else "there"
+    raise ValueError(f"Unknown estimator {name!r}; {hint} are {', '.join(self)}.")
+
+
+# Another name raises a ValueError that shows these.
+ESTIMATORS: dict[str, Estimator] = _Estimators(
+  {
+    "reinforce": reinforce,
+    "mean": mean,
+    "grpo": grpo,
+    "rloo": rloo,
+    "reinforce_pp": reinforce_pp,
+    "maxrl": maxrl,
+    "opo": opo,
+    "opo_loo": opo_loo,
+    "opo_batch": opo_batch,
+  }
+)
 
 
 # A sum of K float32 products is off by a few units in the last place; 32 of them cover
@@ -357,23 +386,25 @@ ESTIMATORS: dict[str, Estimator] = {
 _ROUNDING = 32 * float(jnp.finfo(jnp.float32).eps)
 
 
-def _prepare(rewards, weights, group_ids, num_groups, valid, *, alpha=0.5):
+def _prepare(
+  rewards, weights, group_ids, num_groups, valid, *, alpha=0.5, weights_name="lengths"
+):
   """float32 rewards, `weights ** (2 alpha)`, int32 ids, and which rows count.
 
   Rewards and weights are 0 where a row does not count.
   """
-  arrays = {"rewards": rewards, "lengths": weights, "group_ids": group_ids}
+  arrays = {"rewards": rewards, weights_name: weights, "group_ids": group_ids}
   if valid is not None:
     arrays["valid"] = valid
+  arrays = {k: x if hasattr(x, "dtype") else jnp.asarray(x) for k, x in arrays.items()}
   shapes = {name: jnp.shape(array) for name, array in arrays.items()}
   if len(set(shapes.values())) != 1 or len(shapes["rewards"]) != 1:
     raise ValueError(f"Expected arrays of one shape [N], got {shapes}.")
-  if not jnp.issubdtype(jnp.result_type(group_ids), jnp.integer):
-    raise ValueError(
-      f"Expected group_ids of an integer type, got {jnp.result_type(group_ids)}."
-    )
-  valid = jnp.ones(shapes["rewards"], bool) if valid is None else valid
-  _check_values(weights, group_ids, num_groups, valid)
+  rewards, weights, group_ids, *_ = arrays.values()
+  if not jnp.issubdtype(group_ids.dtype, jnp.integer):
+    raise ValueError(f"Expected group_ids of an integer type, got {group_ids.dtype}.")
+  valid = arrays.get("valid", np.ones(shapes["rewards"], bool))
+  _check_values(rewards, weights, group_ids, num_groups, valid)
   group_ids = jnp.asarray(group_ids).astype(jnp.int32)
   in_range = (group_ids >= 0) & (group_ids < num_groups)
   weights = jnp.asarray(weights, jnp.float32)
@@ -385,16 +416,20 @@ def _prepare(rewards, weights, group_ids, num_groups, valid, *, alpha=0.5):
   return rewards, jnp.where(counts, powers, 0.0), group_ids, counts
 
 
-def _check_values(weights, group_ids, num_groups, valid):
-  """Refuses what concrete arrays show to be wrong. Inside of `jit` none are."""
-  arrays = weights, group_ids, valid
-  if any(
+def _concrete(*arrays):
+  """Whether their values can be seen. Inside of `jit` none can."""
+  return not any(
     isinstance(array, jax.core.Tracer)
     or not getattr(array, "is_fully_addressable", True)
     for array in arrays
-  ):
+  )
+
+
+def _check_values(rewards, weights, group_ids, num_groups, valid):
+  """Refuses what concrete arrays show to be wrong."""
+  if not _concrete(weights, group_ids, valid):
     return
-  weights, ids, valid = (np.asarray(array) for array in jax.device_get(arrays))
+  weights, ids, valid = map(np.asarray, jax.device_get((weights, group_ids, valid)))
   counted = valid.astype(bool) & (weights != 0)
   outside = counted & ((ids < 0) | (ids >= num_groups))
   if outside.any():
@@ -403,17 +438,43 @@ def _check_values(weights, group_ids, num_groups, valid):
       f"Row {row} has group id {ids[row]}, but num_groups is {num_groups}: ids are in"
       f" [0, {num_groups})."
     )
-  wrong = counted & ~(weights > 0)
+  wrong = counted & ~((weights > 0) & np.isfinite(weights))
   if wrong.any():
     row = wrong.argmax()
     raise ValueError(
-      f"Row {row} has length or weight {weights[row]}; it must not be negative or NaN"
-      " (valid=False leaves a row out)."
+      f"Row {row} has length or weight {weights[row]}; it must not be negative,"
+      " infinite or NaN (valid=False leaves a row out)."
+    )
+  if not _concrete(rewards):
+    return
+  rewards = np.asarray(jax.device_get(rewards))
+  unscored = counted & ~np.isfinite(rewards)
+  if unscored.any():
+    row = unscored.argmax()
+    raise ValueError(
+      f"Row {row} has reward {rewards[row]}; pass valid=False for an answer that could"
+      " not be scored."
+    )
+
+
+def _check_energy(energy, mask):
+  if not _concrete(energy, mask):
+    return
+  energy, mask = map(np.asarray, jax.device_get((energy, mask)))
+  wrong = mask & ~np.isfinite(energy)
+  if wrong.any():
+    row, token = np.argwhere(wrong)[0]
+    raise ValueError(
+      f"Row {row} has energy {energy[row, token]} at token {token}, which is trained;"
+      " it must be finite (a mask of False leaves a token out)."
     )
 
 
 def _subtract_baseline(rewards, weights, group_ids, num_groups, leave_one_out=False):
-  """`r - b` with b the weighted mean of the group, for [N] or for each column."""
+  """`r - b` with b the weighted mean of the group, for [N] or for each column.
+
+  Also whether the row's group has any weight; where it has none, `r - b` is 0.
+  """
   total, weighted, magnitude = _group_sums(
     [weights, weights * rewards, weights * jnp.abs(rewards)], group_ids, num_groups
   )
@@ -427,7 +488,7 @@ def _subtract_baseline(rewards, weights, group_ids, num_groups, leave_one_out=Fa
     others = total - weights
     has_others = others > 0
     centred *= jnp.where(has_others, total / jnp.where(has_others, others, 1.0), 0.0)
-  return centred
+  return centred, has_weight
 
 
 def _divide_by_std(centred, ones, group_ids, num_groups, valid, epsilon):
@@ -436,7 +497,10 @@ def _divide_by_std(centred, ones, group_ids, num_groups, valid, epsilon):
   count, squares = _group_sums(
     [ones, jnp.where(valid, centred, 0.0) ** 2], group_ids, num_groups
   )
-  std = jnp.sqrt(squares / jnp.maximum(count - 1.0, 1.0))
+  # The derivative of the root is infinite at 0, where rewards are equal.
+  spread = squares > 0
+  variance = jnp.where(spread, squares, 1.0) / jnp.maximum(count - 1.0, 1.0)
+  std = jnp.where(spread, jnp.sqrt(variance), 0.0)
   return jnp.where(valid, centred / (std + epsilon), 0.0)
 
 

@@ -33,8 +33,9 @@ class TokenStats(NamedTuple):
   Attributes:
     logprob: log pi(target).
     entropy: -sum_v pi(v) log pi(v), in nats.
-    energy: ||onehot(target) - pi||^2 = 1 - 2 pi(target) + sum_v pi(v)^2, the squared
-      norm of the gradient with respect to the (scaled) logits.
+    energy: ||onehot(target) - pi||^2 = (1 - pi(target))^2 + sum over the other words
+      of pi(v)^2, the squared norm of the gradient with respect to the (scaled) logits.
+      Exact for confident tokens too, where 1 - 2 pi(target) + sum pi^2 would cancel.
   """
 
   logprob: jax.Array
@@ -152,7 +153,7 @@ def _check(hidden, unembedding, targets, temperature, vocab_size, vocab_shards):
         f"Expected targets {shapes[2]} in [0, {vocab_size or num_words}), got"
         f" {lowest} to {highest}."
       )
-  plain = isinstance(temperature, (int, float))
+  plain = isinstance(temperature, (int, float, np.number))
   if np.shape(temperature) or (plain and not temperature > 0):
     got = temperature if plain else f"an array of shape {np.shape(temperature)}"
     raise ValueError(f"Expected a scalar temperature above 0, got {got}.")
@@ -170,7 +171,7 @@ class _Sums(NamedTuple):
   top: jax.Array  # max z
   mass: jax.Array  # sum exp(z - top)
   moment: jax.Array  # sum (z - top) exp(z - top)
-  square: jax.Array  # sum exp(2 (z - top))
+  square: jax.Array  # sum exp(2 (z - top)) without the target
   target: jax.Array  # z of the target, 0 where it is not in the set
 
 
@@ -203,11 +204,12 @@ def _forward(blocking, hidden_TD, table_SVD, targets_T, temperature):
       top_T = logits_TW.max(1)
       shifted_TW = logits_TW - top_T[:, None]
       mass_TW = jnp.exp(shifted_TW)
+      others_TW = jnp.where(block.is_target_TW, 0.0, mass_TW)
       return _Sums(
         top_T,
         mass=mass_TW.sum(1),
         moment=(shifted_TW * mass_TW).sum(1),
-        square=(mass_TW * mass_TW).sum(1),
+        square=(others_TW * others_TW).sum(1),
         target=jnp.where(block.is_target_TW, logits_TW, 0.0).sum(1),
       )
 
@@ -218,20 +220,23 @@ def _forward(blocking, hidden_TD, table_SVD, targets_T, temperature):
   known = (targets_T >= 0) & (targets_T < blocking.vocab_size)
   # Not target - (top + log_mass): the sum would round to the ulp of the largest logit.
   logprob = jnp.where(known, (sums.target - sums.top) - log_mass, jnp.nan)
-  collision = sums.square / sums.mass**2
-  energy = jnp.maximum(1.0 - 2.0 * jnp.exp(logprob) + collision, 0.0)
+  # sum over the words other than the target of pi^2; and 1 - pi(target) is -expm1.
+  others = sums.square / sums.mass**2
+  energy = jnp.expm1(logprob) ** 2 + others
   stats = TokenStats(logprob, log_mass - sums.moment / sums.mass, energy)
-  kept = sums.top, log_mass, collision, stats
+  kept = sums.top, log_mass, others, stats
   return stats, (hidden_TD, table_SVD, targets_T, temperature, kept)
 
 
 def _backward(blocking, residuals, cotangents):
   hidden_TD, table_SVD, targets_T, temperature, kept = residuals
-  top, log_mass, collision, stats = kept
+  top, log_mass, others, stats = kept
   by_logprob, by_entropy, by_energy = cotangents
   # The three gradients in one: [v = y] at_target - pi_v (everywhere
   # + by_entropy log pi_v - 2 by_energy pi_v). A target that is no word has no pi_y.
-  at_target = by_logprob - 2.0 * by_energy * jnp.nan_to_num(jnp.exp(stats.logprob))
+  target_prob = jnp.nan_to_num(jnp.exp(stats.logprob))
+  collision = others + target_prob**2
+  at_target = by_logprob - 2.0 * by_energy * target_prob
   everywhere = at_target + by_entropy * stats.entropy + 2.0 * by_energy * collision
 
   def grads_of_shard(table_VD, first_id):

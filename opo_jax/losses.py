@@ -100,7 +100,8 @@ def aggregate(
     float32 scalar; 0 where the mask is empty.
 
   Raises:
-    ValueError: an unknown name, shapes that differ, `constant` without a normalizer.
+    ValueError: an unknown name, shapes that differ, `constant` without a normalizer,
+      a plain number for one that is not above 0.
 
   >>> import jax.numpy as jnp
   >>> values = jnp.array([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]])
@@ -112,6 +113,7 @@ def aggregate(
   """
   _check_name("aggregation", how, AGGREGATIONS)
   mask = _trainable(mask, segment_ids, values=values)
+  _check_numbers(normalizer=normalizer)
   if normalizer is None:
     normalizer = step_normalizer(mask, how, segment_ids=segment_ids)
   values = jnp.where(mask, jnp.asarray(values, jnp.float32), 0.0)
@@ -218,7 +220,6 @@ def opo_loss(
   [[-0.0625, -0.0625, -0.0625], [0.1875, -0.0, -0.0]]
   """
   if isinstance(estimator, str):
-    _check_name("estimator", estimator, ESTIMATORS)
     estimator = ESTIMATORS[estimator]
   mask = _trainable(mask, logprobs=logprobs)
   if valid is not None:
@@ -406,6 +407,7 @@ def cispo(
   ([[False, True]], 5.301)
   """
   mask = _trainable(mask, segment_ids, logprobs=logprobs, entropy=entropy)
+  _check_numbers(zero=True, clip_low=clip_low, clip_high=clip_high)
   ratio = importance_ratio(logprobs, old_logprobs, mask)
   weight = jax.lax.stop_gradient(jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high))
   advantages = _per_token(advantages, importance_weights, mask)
@@ -462,13 +464,14 @@ def truncated_importance(
     [N, T] float32 without a gradient; 1 where `mask` is False.
 
   Raises:
-    ValueError: shapes that differ.
+    ValueError: shapes that differ, a cap that is not above 0.
 
   >>> import jax.numpy as jnp
   >>> learner, sampler = jnp.array([[-1.0, -1.0]]), jnp.array([[-1.0, -3.0]])
   >>> truncated_importance(learner, sampler, jnp.array([[True, True]])).tolist()
   [[1.0, 2.0]]
   """
+  _check_numbers(cap=cap)
   ratio = jax.lax.stop_gradient(importance_ratio(logprobs, sampling_logprobs, mask))
   return jnp.where(jnp.asarray(mask, bool), jnp.minimum(ratio, cap), 1.0)
 
@@ -484,7 +487,12 @@ def kl(
 
       k1 = log pi - log ref        k2 = k1^2 / 2        k3 = exp(-k1) - 1 + k1
 
-  k1 and k3 are unbiased, k3 is never negative. http://joschu.net/blog/kl-approx.html
+  k1 and k3 are unbiased as values. k3 is never negative; its exponent is bounded as
+  that of `importance_ratio` is. http://joschu.net/blog/kl-approx.html
+
+  As a penalty that is differentiated on the policy's own tokens, take `k2`: its
+  gradient is that of the KL on average, `E[k1 grad log pi]`. The gradient of k1 is
+  `grad log pi`, zero on average, and that of k3 is of KL(reference || pi).
 
   Args:
     logprobs: [N, T] of the policy that sampled.
@@ -509,7 +517,10 @@ def kl(
   k1 = jnp.where(mask, k1, 0.0)
   if estimator == "k1":
     return k1
-  return 0.5 * k1**2 if estimator == "k2" else jnp.expm1(-k1) + k1
+  if estimator == "k2":
+    return 0.5 * k1**2
+  k1 = jnp.maximum(k1, -_MAX_LOG_RATIO)
+  return jnp.expm1(-k1) + k1
 
 
 # exp(20) = 5e8. No token that was sampled is this far off but by a mistake.
@@ -528,6 +539,7 @@ def _log_ratio(logprobs, old_logprobs, mask):
 
 def _clipped_surrogate(ratio, advantages, clip_low, clip_high):
   """min(rho A, clip(rho) A), and where the clip is what the minimum takes."""
+  _check_numbers(zero=True, clip_low=clip_low, clip_high=clip_high)
   free = ratio * advantages
   bounded = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages
   return jnp.minimum(free, bounded), bounded < free
@@ -536,9 +548,9 @@ def _clipped_surrogate(ratio, advantages, clip_low, clip_high):
 def _measure(logprobs, old_logprobs, mask, ratio, clipped, entropy):
   measured = {"ratio": ratio, "clipped": clipped}
   measured["clip_fraction"] = aggregate(clipped, mask, "token_mean")
-  measured["approx_kl"] = aggregate(
-    kl(old_logprobs, logprobs, mask), mask, "token_mean"
-  )
+  log_ratio = _log_ratio(logprobs, old_logprobs, mask)
+  k3 = jnp.expm1(log_ratio) - log_ratio
+  measured["approx_kl"] = aggregate(k3, mask, "token_mean")
   return jax.lax.stop_gradient(measured) | _mean_entropy(entropy, mask)
 
 
@@ -622,6 +634,15 @@ def _broadcast(name, values, mask):
   raise ValueError(
     f"Expected {name} [N] or [N, T] for log-probs {mask.shape}, got {values.shape}."
   )
+
+
+def _check_numbers(*, zero=False, **numbers):
+  """Refuses plain numbers that are not above 0 (or 0 itself); arrays are not read."""
+  for name, number in numbers.items():
+    plain = isinstance(number, (int, float, np.number))
+    if plain and not (number > 0 or (zero and number == 0)):
+      bound = "of at least 0" if zero else "above 0"
+      raise ValueError(f"Expected {name} {bound}, got {number}.")
 
 
 def _check_name(kind, name, names):

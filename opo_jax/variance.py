@@ -13,7 +13,7 @@ and what is asked is how far g lies from the true gradient J = E[r s]:
 
     variance   tr Cov(g)  = E|g|^2 - |E g|^2      what averaging more groups removes
     error      E|g - J|^2 = variance + bias^2
-    noise      tr Cov(g) / |E g|^2                free of the estimator's scale
+    noise      tr Cov(g) / |E g|^2                free of scale, not of direction
 
 **Gram matrices say it all.** Every term is an inner product of two sums of scores, so
 `Q = S S^T` [M, M] of a prompt holds everything: M gradients are taken once and then any
@@ -35,9 +35,11 @@ a bootstrap over prompts, and ratios are paired: both sides see the same respons
 `(1 - l_i / sum l)` times `opo_loo`: a row's own reward in its baseline shrinks the
 gradient, and its variance with it, by a factor of four at K = 2. That is not less
 noise. Compare the leave-one-out forms with each other (they are unbiased: variance is
-error), or the raw forms by their noise. `grpo`, `maxrl` and `reinforce_pp` divide by a
-statistic of the rewards: only their noise means anything beside the others, and there
-they also weigh prompts differently, which is another objective, not a better estimate.
+error), or the raw forms by their noise, which is free of scale but not of direction:
+where the row itself is in the baseline, E g may turn away from J. `grpo`, `maxrl` and
+`reinforce_pp` divide by a statistic of the rewards: only their noise can be set against
+the others', and there they also weigh prompts differently, which is another objective,
+not a better estimate.
 
 **Rows.** Every one of `advantages.ESTIMATORS`, and `r - sum w r / sum w` with weights
 
@@ -217,9 +219,11 @@ def gram_matrices(
 
   for group in range(G):
     for a in starts:
+      first = second = None  # freed before the next ones are taken
       first, energies = gradients_of(group, a)
       energy[group, a : a + chunk] = np.asarray(energies)[: M - a]
       for b in starts[: a // chunk + 1]:
+        second = None
         second = first if a == b else gradients_of(group, b)[0]
         block = np.asarray(_inner_products(first, second))[: M - a, : M - b]
         gram[group, a : a + chunk, b : b + chunk] = block

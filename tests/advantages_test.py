@@ -251,7 +251,13 @@ def test_opo_of_very_long_responses_and_baselines_of_huge_weights_stay_exact():
   # A row without weight does not count; a group without any sees its own rewards.
   rewards, weights = jnp.array([1.0, 3.0, 5.0]), jnp.array([0.0, 2.0, 0.0])
   baseline = weighted_baseline(rewards, weights, jnp.array([0, 0, 1]), num_groups=2)
-  assert baseline[1] == 3.0
+  assert baseline.tolist() == [3.0, 3.0, 5.0]
+  # It is not read where nobody could score it.
+  rewards, valid = jnp.array([2.0, jnp.nan, 7.0]), jnp.array([True, True, False])
+  baseline = weighted_baseline(
+    rewards, jnp.zeros(3), jnp.zeros(3, int), num_groups=1, valid=valid
+  )
+  assert baseline.tolist() == [2.0, 0.0, 0.0]
 
 
 def test_squared_gradient_norms_give_the_baseline_of_least_variance():
@@ -762,43 +768,95 @@ def test_shapes_that_differ_are_refused_and_shown(rewards, lengths, ids, valid):
     )
 
 
-def test_group_id_out_of_range_is_refused_where_it_can_be_seen():
+@names
+def test_group_id_out_of_range_is_refused_where_it_can_be_seen(name):
+  estimator = functools.partial(ESTIMATORS[name], num_groups=2)
   rewards, lengths = jnp.array([1.0, 0.0, 3.0]), jnp.array([2, 2, 5])
   for ids, message in (
     ([0, 0, 2], "2 has group id 2"),
     ([0, -1, 1], "1 has group id -1"),
   ):
     with pytest.raises(ValueError, match=f"Row {message}, but num_groups is 2"):
-      opo(rewards, lengths, jnp.array(ids), num_groups=2)
+      estimator(rewards, lengths, jnp.array(ids))
     with pytest.raises(ValueError, match=f"Row {message}"):
       mask = jnp.arange(5) < lengths[:, None]
       optimal_token(rewards, jnp.ones((3, 5)), mask, jnp.array(ids), num_groups=2)
   # Rows that do not count may point anywhere.
-  kwargs = dict(num_groups=2, valid=jnp.array([True, True, False]))
-  expected = [0.5, -0.5, 0.0]
-  assert opo(rewards, lengths, jnp.array([0, 0, 9]), **kwargs).tolist() == expected
-  no_length = opo(rewards, jnp.array([2, 2, 0]), jnp.array([0, 0, -1]), num_groups=2)
+  expected = [*estimator(rewards[:2], lengths[:2], jnp.array([0, 0])).tolist(), 0.0]
+  valid = jnp.array([True, True, False])
+  assert estimator(rewards, lengths, [0, 0, 9], valid=valid).tolist() == expected
+  no_length = estimator(rewards, jnp.array([2, 2, 0]), jnp.array([0, 0, -1]))
   assert no_length.tolist() == expected
 
 
+@names
 @pytest.mark.parametrize("outside", [-1, 2, 99])
-def test_row_of_a_group_out_of_range_does_not_count_under_jit(outside):
+def test_row_of_a_group_out_of_range_does_not_count_under_jit(name, outside):
   # -1 would wrap around to the last group, and 2 read its sums.
-  compiled = jax.jit(functools.partial(opo, num_groups=2))
+  compiled = jax.jit(functools.partial(ESTIMATORS[name], num_groups=2))
   rewards, lengths = jnp.array([1.0, 3.0, 5.0]), jnp.array([2, 2, 5])
   advantages = compiled(rewards, lengths, jnp.array([1, 1, outside]))
-  assert advantages.tolist() == [-1.0, 1.0, 0.0]
+  expected = compiled(rewards, lengths.at[2].set(0), jnp.array([1, 1, 1]))
+  assert advantages.tolist() == expected.tolist()
+  assert advantages[1] > 0 and advantages[2] == 0
 
 
-def test_weights_that_are_negative_or_nan_are_refused_unless_the_row_does_not_count():
+@names
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_reward_that_is_not_finite_is_refused_unless_the_row_does_not_count(name, bad):
+  args = np.float32([1.0, 0.0, bad]), np.array([2, 2, 5]), np.array([0, 0, 0])
+  with pytest.raises(ValueError, match=rf"Row 2 has reward {bad}; pass valid=False"):
+    ESTIMATORS[name](*args, num_groups=1)
+  valid = np.array([True, True, False])
+  assert np.isfinite(ESTIMATORS[name](*args, num_groups=1, valid=valid)).all()
+
+
+def test_energy_that_is_not_finite_is_refused_where_it_is_trained():
+  energy = np.float32([[1.0, np.nan], [1.0, 1.0]])
+  rewards, mask, ids = np.float32([1, 0]), np.ones((2, 2), bool), np.array([0, 0])
+  with pytest.raises(ValueError, match="Row 0 has energy nan at token 1"):
+    optimal_token(rewards, energy, mask, ids, num_groups=1)
+  mask[0, 1] = False
+  assert np.isfinite(optimal_token(rewards, energy, mask, ids, num_groups=1)).all()
+
+
+@names
+def test_equal_rewards_have_finite_gradients(name):
+  # sqrt'(0) is infinite, and 0 times it is NaN: also where a group has two rewards.
+  rewards, lengths = jnp.array([0.5, 0.5, 0.5, 1.0, 0.0]), jnp.array([3.0, 1, 2, 4, 5])
+  ids, weights = jnp.array([0, 0, 0, 1, 1]), jnp.cos(jnp.arange(5.0))
+
+  def weighted(rewards, lengths):
+    return (ESTIMATORS[name](rewards, lengths, ids, num_groups=2) * weights).sum()
+
+  with jax.debug_nans(True):
+    grads = jax.grad(weighted, argnums=(0, 1))(rewards, lengths)
+    equal = jax.grad(weighted, argnums=(0, 1))(jnp.full(5, 0.5), lengths)
+  assert np.isfinite(grads).all() and np.isfinite(equal).all()
+
+
+def test_lists_are_arrays_and_unknown_names_are_met_with_near_ones():
+  assert opo([1.0, 0.0], [30, 10], [0, 0], num_groups=1).tolist() == [0.25, -0.75]
+  with pytest.raises(ValueError, match="group_ids of an integer type, got float32"):
+    opo([1.0, 0.0], [30, 10], [0.0, 0.0], num_groups=1)
+  with pytest.raises(
+    ValueError, match=r"'opo_lo'; did you mean opo_loo\? There are re"
+  ):
+    ESTIMATORS["opo_lo"]
+  assert "opo_lo" not in ESTIMATORS and ESTIMATORS.get("opo_lo") is None
+
+
+def test_weights_out_of_range_are_refused_unless_the_row_does_not_count():
   rewards, ids = jnp.array([1.0, 0.0, 3.0]), jnp.array([0, 0, 0])
-  for bad in (-2.0, np.nan):
+  for bad in (-2.0, np.nan, np.inf):
     weights = jnp.array([1.0, 3.0, bad])
     with pytest.raises(ValueError, match=rf"Row 2 has length or weight {bad}"):
       weighted_baseline(rewards, weights, ids, num_groups=1)
     valid = jnp.array([True, True, False])
     baseline = weighted_baseline(rewards, weights, ids, num_groups=1, valid=valid)
     np.testing.assert_allclose(baseline[:2], [0.25, 0.25], rtol=4 * EPS)
+  with pytest.raises(ValueError, match=r"'weights': \(2,\)"):
+    weighted_baseline(rewards, weights[:2], ids, num_groups=1)
 
 
 def test_group_ids_are_integers_and_masks_fit():

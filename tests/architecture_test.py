@@ -20,8 +20,8 @@ MAY_IMPORT = {
   "loop": {"build", "data", "rewards", "packing", "evaluation", "checkpoint"}
   | {"metrics", "sharding", "config"},
   "planning": {"build", "sharding", "config"},
-  "variance": {"build", "advantages", "losses"}
-  | {"trainer", "rollouts"},  # it differentiates the very log-probs that training does
+  "variance": {"advantages", "rollouts"}
+  | {"trainer"},  # it differentiates the very log-probs that training does
   "build": {"models", "sampler", "trainer", "advantages", "sharding", "config"}
   | {"rollouts"},  # demonstrations are made into rollouts here
   # The sampler's two halves below it: the compiled programs, and logits to a token.

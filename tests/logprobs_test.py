@@ -250,6 +250,16 @@ def test_confident_tokens_keep_their_small_probabilities():
   np.testing.assert_allclose(grads, np.eye(3)[:1] - probs, rtol=2e-6)
 
 
+@pytest.mark.parametrize("block_size", [4, 1])
+@pytest.mark.parametrize("gap", [9.0, 12.0])
+def test_energy_of_confident_tokens_does_not_cancel(gap, block_size):
+  """12 above three others: 4.5e-10, where 1 - 2 p + sum pi^2 gives 0 in float32."""
+  logits, targets = np.float32([[gap, 0, 0, 0]]), np.array([0])
+  stats = linear_logprobs(logits, jnp.eye(4), targets, block_size=block_size)
+  expected = reference(*float64(logits, np.eye(4)), targets)[2]
+  np.testing.assert_allclose(stats.energy, expected, rtol=0.05)
+
+
 def test_masked_tokens_may_have_targets_that_are_no_words():
   """The -100 of other libraries: NaN where it counts, harmless behind a mask."""
   hidden, unembedding, targets = inputs()
@@ -465,6 +475,7 @@ def test_sharded_vocabulary_stays_on_its_devices():
     ({"vocab_shards": 3}, r"\(11, 4\) does not divide into vocab_shards=3"),
     ({"block_size": 0}, "block_size of at least 1 word, got 0"),
     ({"temperature": 0.0}, "temperature above 0, got 0.0"),
+    ({"temperature": np.float32(-1)}, "temperature above 0, got -1.0"),
     ({"temperature": np.ones(3)}, r"scalar temperature above 0, got .* \(3,\)"),
   ],
 )

@@ -343,10 +343,11 @@ def test_ratio_that_overflows_has_a_finite_gradient(objective):
   old = jnp.array([[-100.0, -0.5]])
 
   def loss(x):
-    return OBJECTIVES[objective](x, old, jnp.ones(1), jnp.ones((1, 2)))[0]
+    return OBJECTIVES[objective](x, old, jnp.ones(1), jnp.ones((1, 2)))
 
-  value, grads = jax.value_and_grad(loss)(logprobs)
+  (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(logprobs)
   assert np.isfinite(value) and np.isfinite(grads).all()
+  assert all(np.isfinite(measured).all() for measured in aux.values())
 
 
 # --- Truncated importance sampling ---
@@ -689,7 +690,58 @@ def test_kl_gradient_is_finite_behind_the_mask(estimator):
   assert not np.any(grads[~MASK])
 
 
+@pytest.mark.parametrize("gap", [-1000.0, 1000.0])
+def test_kl_of_tokens_far_apart_is_finite_with_its_gradient(gap):
+  value, grad = jax.value_and_grad(lambda x: losses.kl(x, x * 0, x == x).sum())(
+    jnp.array([[gap]])
+  )
+  assert value > 0 and np.isfinite(value) and np.isfinite(grad).all()
+
+
+def test_only_k2_has_the_gradient_of_the_kl_as_a_penalty():
+  # Every token once, weighted by its probability, which is a constant of the sampler.
+  logits, reference = jnp.array([0.3, -1.0, 2.0]), jnp.log(jnp.array([0.5, 0.3, 0.2]))
+  policy = jax.nn.softmax(logits)
+
+  def sampled(logits, estimator):
+    logprobs = jax.nn.log_softmax(logits)[None]
+    values = losses.kl(logprobs, reference[None], logprobs < 0, estimator=estimator)
+    return values[0] @ policy
+
+  def exact(logits):
+    logprobs = jax.nn.log_softmax(logits)
+    return jnp.exp(logprobs) @ (logprobs - reference)
+
+  def backwards(logits):
+    return jnp.exp(reference) @ (reference - jax.nn.log_softmax(logits))
+
+  for estimator, expected in (
+    ("k1", jnp.zeros(3)),
+    ("k2", jax.grad(exact)(logits)),
+    ("k3", jax.grad(backwards)(logits)),
+  ):
+    got = jax.grad(sampled)(logits, estimator)
+    np.testing.assert_allclose(got, expected, atol=1e-6, err_msg=estimator)
+
+
 # --- Refusals ---
+
+
+@pytest.mark.parametrize("objective", ["ppo_clip", "gspo", "cispo"])
+@pytest.mark.parametrize("name", ["clip_low", "clip_high"])
+def test_negative_clips_are_refused(objective, name):
+  x = jnp.zeros((1, 2))
+  with pytest.raises(ValueError, match=f"Expected {name} of at least 0, got -0.1"):
+    getattr(losses, objective)(x, x, jnp.ones(1), x == 0, **{name: -0.1})
+
+
+def test_caps_and_normalizers_are_above_zero():
+  x = jnp.zeros((1, 2))
+  for bad in (0.0, -1, np.float32(-2), np.nan):
+    with pytest.raises(ValueError, match=f"Expected cap above 0, got {bad}"):
+      losses.truncated_importance(x, x, x == 0, cap=bad)
+    with pytest.raises(ValueError, match=f"Expected normalizer above 0, got {bad}"):
+      losses.aggregate(x, x == 0, "constant", normalizer=bad)
 
 
 def test_unknown_names_are_answered_with_those_there_are():
