@@ -101,10 +101,8 @@ class Update:
 
   def __init__(self, algorithm: Algorithm, optimizer: optax.GradientTransformation):
     self.algorithm = algorithm
-    # The old state's memory becomes the new state's.
-    self.jitted = jax.jit(
-      functools.partial(_update, algorithm, optimizer), donate_argnums=0
-    )
+    self._update = functools.partial(_update, algorithm, optimizer)
+    self._jitted = None
 
   @property
   def is_on_policy(self) -> bool:
@@ -142,7 +140,14 @@ class Update:
         " (updates per batch x micro-batches); use a multiple"
         " (--rollout.prompts-per-step)."
       )
-    return self.jitted(state, rollouts, rewards, valid)
+    if self._jitted is None:
+      # The new state lies where the old one lay and takes its memory: else the next
+      # sampling would meet another layout, and compile again.
+      layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+      self._jitted = jax.jit(
+        self._update, donate_argnums=0, out_shardings=(layout, None, None)
+      )
+    return self._jitted(state, rollouts, rewards, valid)
 
 
 def check_on_policy(state: TrainState, rollouts: Rollouts) -> None:
