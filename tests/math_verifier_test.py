@@ -278,6 +278,14 @@ def test_the_final_answer_counts_and_nothing_else(response, reference, reward):
     (r"so \boxed{3}. Alternatively, we could add 1 and 2.", "3"),
     (r"$J$ is $\boxed{120}$ (or else $J$ would have more).", "120"),
     (r"so it is $-\frac32 - \frac12 - \boxed{2}$", "2"),
+    ("So it goes 18000/900=20 days for 2 cars.", "20"),
+    ("Henry rode 60 miles - 35 miles = 25 miles in 2 trips.", "25"),
+    ("Add both parts: $1,250.50 + $20 = $1,270.50 for 5 days", "1270.5"),
+    ("Therefore, 24 - 7 = 17 students ride in 3 cars.", "17"),
+    ("If each of 3 has 4, then there are 3 x 4 = 12 cats in 5 rooms.", "12"),
+    ("The hypotenuse squared is 9 + 16 = 25, so it is 5.", "5"),
+    ("There are 3 * 4 = 12 cells, of which 5 are red, leaving 7", "7"),
+    ("It is not 1 + 2 = 3, it is 1 + 3 = 4", "4"),
   ],
 )
 def test_what_a_sentence_states_is_an_answer(response, reference):
@@ -381,6 +389,20 @@ def test_what_a_sentence_states_is_an_answer(response, reference):
     r"\boxed{3\text{ perhaps}}",
     r"\boxed{4\text{ maybe}}",
     r"\boxed{3\text{ four five}}",
+    "It is 1+2 = 3 or 1+3 = 4.",
+    "1+2 = 3 if odd, 1+3 = 4 if even",
+    "If odd, 1+2 = 3; if even, 1+3 = 4",
+    "If odd, 1+2 = 3. Else 1+3 = 4",
+    "1+3=4 (or 3)",
+    "Maybe 1+3 = 4",
+    "It is not 1+3 = 4",
+    "1+2 = 3 is wrong",
+    "1+2 = 3 does not hold.",
+    "If x is odd, 1+2 = 3, when even 4.",
+    "It is 4 when even. If it is odd, 1+2 = 3.",
+    "1+2 = 3 if not 4",
+    "5-2 = 3 cats and 4 dogs",
+    "In case of rain 1+2 = 3, in case of sun 4",
   ],
 )
 def test_hedging_earns_nothing(response):
@@ -511,6 +533,15 @@ def test_a_task_above_the_last_line_is_not_the_last_line(response, reference):
     (r"The area is 8\sqrt{3} \text { square inches}", "3"),
     ("She needed 12 cups of flour to make 16 muffins.", "16"),
     ("It takes 8*12 = <<8*12=96>>96 cows for 8 stalls.", "8"),
+    ("So there are 3 + 4 = 9 cats and 5 dogs.", "9"),
+    ("Solve x + 3 = 9 for 2 cats", "9"),
+    ("Given that 3 + 4 = 7, compute 5 + 6.", "7"),
+    ("Evaluate 3 + 4 = 7", "7"),
+    ("Find digits with 12 + 13 = 25.", "25"),
+    ("3 + 4 = 7 thousand", "7"),
+    ("3 + 4 = 7 minus 1", "7"),
+    ("The answer is 12 because 3 + 4 = 7 and 7 + 5 makes 12.", "7"),
+    (r"\boxed{[48]+[2]}", "50"),
   ],
 )
 def test_a_repeated_question_earns_nothing(question, reference):
@@ -577,6 +608,12 @@ def test_values_are_compared_only_where_they_are_sure():
     "1 and ",
     "$1$ ",
     "= **1** ",
+    "1+1=",
+    "certainty: 1",
+    "\\begin{align}=",
+    "wrong answer: 3 ",
+    "</s>",
+    "if 3 x 3 = 9 and ",
   ],
 )
 def test_a_megabyte_of_anything_is_judged_in_seconds(piece):
@@ -626,9 +663,9 @@ def test_every_gsm8k_reference_solution_scores_one():
     assert pool.score(solutions, references) == [1.0] * 1319
     same = sum(float(a) == float(b) for a, b in zip(references, shifted, strict=True))
     assert sum(pool.score(solutions, shifted)) == same
-    # Without the mark, from its last sentence: four in five, and no other number.
+    # Without the mark, from its last sentence: nine in ten, and no other number.
     sentences = [solution.partition("\n####")[0] for solution in solutions]
-    assert sum(pool.score(sentences, references)) >= 1050
+    assert sum(pool.score(sentences, references)) >= 1180
     for score, answer, other in zip(
       pool.score(sentences, shifted), references, shifted, strict=True
     ):

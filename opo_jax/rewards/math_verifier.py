@@ -1,19 +1,18 @@
 r"""Is a mathematical answer right?
 
 `math_reward` finds the final answer of a response (`rewards.answers`), `math_equal`
-compares it with the reference: what is plain is compared here, exactly (numbers,
-choices, bases) or by value (`rewards.numeric`), the rest with math-verify and SymPy. No
-JAX, and the parser is imported when it is first needed.
+compares it with the reference: what is plain is compared exactly (choices, bases,
+numbers: `rewards.quantities`) or by value (`rewards.numeric`), the rest with
+math-verify and SymPy. No JAX, and the parser is imported when it is first needed.
 """
 
-import fractions
 import functools
 import logging
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from opo_jax.rewards import numeric
+from opo_jax.rewards import numeric, quantities
 from opo_jax.rewards.answers import boxed, final_answer, stated
 from opo_jax.rewards.spelling import (
   CHOICE,
@@ -29,6 +28,10 @@ from opo_jax.rewards.spelling import (
 _MAX_ANSWER_LENGTH = 500
 # Nested deeper is an attack on the parser, which takes seconds over it.
 _MAX_DEPTH = 20
+_STATEMENT = re.compile(
+  r"(?!.*\b(?:and|or|not)\b)[A-Za-z]{2}(?:(?!\b(?:is|are)\b)[^=<>]){0,200}\b(?:is|are) "
+  r"(\$?(?:\\\()?-?[\d\\][^\s,]*)"
+)
 
 
 def math_reward(response: str, reference: str) -> float:
@@ -111,17 +114,24 @@ def _is_undone(prediction: str, reference: str) -> bool:
   if inside is None or "oxed" in inside or not is_all or not _comparable(prediction):
     return False
   expression = tidy(prediction)
-  if _DECIMAL.fullmatch(expression.replace(",", "")):
+  if quantities.DECIMAL.fullmatch(expression.replace(",", "")):
     return False
-  if numeric.is_undone_function(expression, tidy(reference)):
-    return not has_words(expression) and _same_expression(expression, tidy(reference))
-  return numeric.compare(expression, tidy(reference)) is True
+  numbers = quantities.read(expression), quantities.read(tidy(reference))
+  if all(numbers):
+    return numbers[0].value == numbers[1].value
+  same = numeric.compare(expression, tidy(reference))
+  if same is None and numeric.is_undone_function(expression, tidy(reference)):
+    is_read = not has_words(expression) and not _SIDE_BY_SIDE.search(expression)
+    return is_read and _same_expression(expression, tidy(reference))
+  return same is True
 
 
 def _is_answer(prediction: str, reference: str) -> bool:
   """`math_equal` for what a policy wrote: arithmetic has to be done."""
   if "####" in reference or len(reference) > _MAX_ANSWER_LENGTH:
     reference = final_answer(reference) or reference
+  if statement := _STATEMENT.fullmatch(reference):
+    return _is_answer(prediction, statement[1])  # 4 of "The number is 4."
   shrinks = True
   while shrinks and ("oxed" in prediction or "fbox" in prediction):
     inside = final_answer(prediction) or ""
@@ -129,14 +139,18 @@ def _is_answer(prediction: str, reference: str) -> bool:
     prediction = inside
   if _comparable(prediction) and _equal(prediction, reference):
     return True
-  is_bare = not WORD.search(prediction) and not re.search(r"\*\*|#", prediction)
-  if prediction.isascii() and is_bare:
+  if not _may_be_sentence(prediction):
     return False
   answer = final_answer(prediction) or ""
+  values = (answer, stated(answer)) if _may_be_sentence(answer) else (answer,)
   return any(
-    bool(value) and _comparable(value) and _equal(value, reference)
-    for value in (answer, stated(answer))
+    bool(value) and _comparable(value) and _equal(value, reference) for value in values
   )
+
+
+def _may_be_sentence(text: str) -> bool:
+  marks = re.search(r"\*\*|#|\bis\b", text)
+  return bool(marks or WORD.search(text)) or not text.isascii()
 
 
 def _comparable(text: str) -> bool:
@@ -198,29 +212,34 @@ def _equal(prediction: str, reference: str) -> bool:
 
 
 def _equal_tidied(prediction: str, reference: str) -> bool:
+  prediction, reference = prediction.lstrip("= "), reference.lstrip("= ")
   ours, labelled = canonical(prediction), LABELLED.fullmatch(reference)
   if ours in (canonical(reference), labelled and labelled[1]):
     return True
+  if _contradicts_itself(prediction):
+    return False
   choice = CHOICE.fullmatch(prediction)
   if choice and choice["content"] and not CHOICE.fullmatch(reference):
     prediction = choice["content"].strip()  # 12 of "(C) 12"
   name, value_of_name = _named(reference)
   if name and ours == canonical(value_of_name):
     return True
-  target = _number(value_of_name)
-  if target is None and _DECIMAL_POINT.fullmatch(prediction):
-    target = _number(_DECIMAL_COMMA.sub(".", reference))
+  target = quantities.read(value_of_name)
+  if target is None and quantities.DECIMAL_POINT.fullmatch(prediction):
+    target = quantities.read(quantities.DECIMAL_COMMA.sub(".", reference))
   if target is not None:
-    value = _number(_right_side(prediction))
+    value = quantities.read(_right_side(prediction))
     if value is None and not target.is_fraction and target.value.denominator > 1:
-      value = _number(_DECIMAL_COMMA.sub(".", prediction))
+      value = quantities.read(quantities.DECIMAL_COMMA.sub(".", prediction))
     if value is not None:
       names = _EQUALS.split(prediction.translate(_BRACES))[:-1]
-      names = {_OF_VARIABLE.sub("", name.strip()) for name in names}
-      return _same_number(value, target) and (not names or not name or name in names)
-    if numeric.is_undone(_right_side(prediction), target.value.denominator == 1):
+      names = {_OF_VARIABLE.sub("", each.strip()).casefold() for each in names}
+      is_named = not names or not name or name.casefold() in names
+      return is_named and quantities.same_number(value, target)
+    expression = quantities.without_unit(_right_side(prediction))
+    if numeric.is_undone(expression, target.value.denominator == 1):
       return False
-  if numeric.is_undone_function(prediction, _without_unit(value_of_name)):
+  if numeric.is_undone_function(prediction, quantities.without_unit(value_of_name)):
     return False
   ours, theirs = _named(prediction), _named(reference)
   if (
@@ -233,82 +252,41 @@ def _equal_tidied(prediction: str, reference: str) -> bool:
     return in_base
   if (same := _same_parts(prediction, reference)) is not None:
     return same
-  prediction, reference = _without_unit(prediction), _without_unit(reference)
+  prediction = quantities.without_unit(prediction)
+  reference = quantities.without_unit(reference)
   if has_words(prediction) or has_words(reference):
     return False
   if _SIDE_BY_SIDE.search(prediction):
     return False
   if _MATRIX.fullmatch(reference) and prediction.count(r"\begin") > 1:
     return False  # A sum or product of matrices that is left undone.
-  same = numeric.compare(_plain(prediction), _plain(reference))
-  if not same and _rounds_to(prediction, target):
+  same = numeric.compare(quantities.plain(prediction), quantities.plain(reference))
+  if not same and quantities.rounds_to(prediction, target):
     return True
   if same is None and prediction.count("=") == reference.count("=") == 1:
     same = numeric.compare_equations(prediction, reference)
   return _same_expression(prediction, reference) if same is None else same
 
 
-# --- Units and words ---
+# --- Equations and bases ---
 
-_NO_UNIT = re.compile(
-  r"\b(?:or|and|minus|plus|times|over|mod|percent|sqrt|dozen|hundred|thousand|million|"
-  r"billion|trillion|half|halves|thirds?|tenths|hundredths|thousandths|perhaps|maybe|"
-  r"possibly|probably|alternatively|otherwise|else|either|neither|nor|not|but|if|unless|"
-  rf"{'|'.join(NUMBER_WORDS)})\b",
-  re.IGNORECASE,
+# 3 4, 3"4, 3[4] and 3_x: math-verify would make a number of them.
+_SIDE_BY_SIDE = re.compile(
+  r"(?<![_\d])\d+(?:\s+|\s*(?:[\"'`]|\\[lc]?dots(?![a-z]))\s*)\d"
+  r"|[\d)\]]\s*\[[-\s\d.]*\]|\d\s*_\s*\{?[a-z]"
 )
-_UNIT = (
-  r"(?:(?:(?:m|cm|mm|km|mi|ft|in)\s*/\s*(?:s|sec|min|h|hr|hour)"
-  r"|(?:cm|mm|km|kg|mg|ml|oz|lb|ft|in|mi|yd|hr|sq|[a-z]{3,})\.?)"
-  r"(?:\s+[a-z]+\.?){0,3}(?:\s*\^\s*(?:[23]|\{[23]\}))?)"
-)
-_GLUED = (  # "10weeks"
-  "(?:second|minute|hour|day|week|month|year|dollar|cent|mile|met(?:er|re)|unit|degree)s?"
-  "|feet|inch(?:es)?|mph"
-)
-_UNIT_AT_END = re.compile(r"(?<=[\w})])\s+(" + _UNIT + ")$", re.IGNORECASE)
-
-
-def _without_unit(text: str) -> str:
-  r"""Takes the unit from an expression with numbers: `12\sqrt{13} feet`."""
-  match = _UNIT_AT_END.search(text)
-  if match is None or not re.search(r"\d", text[: match.start()]):
-    return text
-  return text if _NO_UNIT.search(match[1]) else text[: match.start()]
-
-
-# --- Plain numbers ---
-
-_DECIMAL = re.compile(r"[-+]?[\d.]+")
-_DECIMAL_POINT = re.compile(r"-?\d*\.\d+")
-_DECIMAL_COMMA = re.compile(r"(?<=\d),(?=\d+$)")
-_SIDE_BY_SIDE = re.compile(r"(?<![_\d])\d+\s+\d")
 _EXPRESSION = re.compile(r"[a-z]\s*[-+*^/]|[-+*/]\s*\d*\s*[a-z]")
 _EQUALS = re.compile(r"(?<![<>!])=")
-_NUMBER = re.compile(
-  r"""
-  (?P<sign> [-+]? ) \s*
-  (?:
-    (?P<decimal> (?: [1-9]\d{0,2}(?:,\d{3})+ | \d+ ) (?: \.\d* )? | \.\d+ )
-    (?P<exponent> e[-+]?\d{1,3} )?
-    | (?P<top> \d+ ) \s* / \s* (?P<bottom> \d+ )
-    | (?P<whole> \d+ \s* )?
-      \\[dtc]?frac \s* (?: \{\s* (?P<latex_top> -?\d+ ) \s*\} | (?P<top_digit> \d ) )
-      \s* (?: \{\s* (?P<latex_bottom> -?\d+ ) \s*\} | (?P<bottom_digit> \d ) )
-  )
-  \s* (?P<percent> % | percent\b )? \s*
-  (?: (?: ° | \^?\s*(?: \\circ | \{\s*\\circ\s*\} ) ) \s* [CF]? )?
-  (?: \s+ (?P<unit> UNIT ) | \s* (?: [ckm]?m | k?g | GLUED )
-      (?: \s* \^\s*\{?[23]\}? )? )?
-  """.replace("UNIT", _UNIT).replace("GLUED", _GLUED),
-  re.VERBOSE | re.IGNORECASE,
-)
 
 
-class _Number(NamedTuple):
-  value: fractions.Fraction
-  is_percent: bool
-  is_fraction: bool  # Written as a fraction, not as a decimal.
+def _contradicts_itself(text: str) -> bool:
+  """Whether it begins with a number and ends with one far from it: 3 + 4 = 42."""
+  first, *others = _EQUALS.split(text)
+  if not others or None in (one := numeric.values(first)):
+    return False
+  last = numeric.values(others[-1])
+  is_constant = None not in last and one[0] == one[1] and last[0] == last[1]
+  return is_constant and abs(one[0] - last[0]) > 0.01 * abs(last[0])
 
 
 def _right_side(text: str) -> str:
@@ -345,67 +323,6 @@ def _named(text: str) -> tuple[str, str]:
   return name.translate(_BRACES), match[2].strip()
 
 
-def _number(text: str) -> _Number | None:
-  """Reads a plain number, None where the text is not exactly one."""
-  match = _NUMBER.fullmatch(text.strip())
-  if match is None or _NO_UNIT.search(match["unit"] or ""):
-    return None
-  if match["decimal"]:
-    digits = match["decimal"].replace(",", "") + (match["exponent"] or "")
-    value = fractions.Fraction(digits)
-  else:
-    top = int(match["top"] or match["latex_top"] or match["top_digit"])
-    bottom = int(match["bottom"] or match["latex_bottom"] or match["bottom_digit"])
-    if bottom == 0:
-      return None
-    value = int(match["whole"] or 0) + fractions.Fraction(top, bottom)
-  if match["sign"] == "-":
-    value = -value
-  is_fraction = not match["decimal"] and (top != 0 or not match["whole"])
-  return _Number(value, bool(match["percent"]), is_fraction)  # 4 0/9 is just 4.
-
-
-def _plain(text: str) -> str:
-  """A number without its separators, degrees and units; any other text as it is."""
-  number = _number(text)
-  if number is None or number.is_percent:
-    return text
-  return f"{number.value.numerator}/{number.value.denominator}"
-
-
-def _same_number(value: _Number, target: _Number) -> bool:
-  is_whole = target.value.denominator == 1 and not target.is_percent
-  if is_whole and value.is_fraction and not target.is_fraction:
-    return False  # 14/2 is a division left undone.
-  pairs = [(value.value, target.value)]
-  if value.is_percent and not target.is_percent:
-    pairs.append((value.value / 100, target.value))
-  if target.is_percent and not value.is_percent:
-    pairs.append((value.value, target.value / 100))
-  tolerance = 0
-  if value.is_fraction != target.is_fraction:
-    tolerance = fractions.Fraction(5, 10**7)  # 0.333333 is one third.
-  return any(
-    abs(ours - theirs) <= tolerance
-    or numeric.is_float_noise(ours, theirs)
-    or (not value.is_fraction and numeric.is_rounding(ours, theirs))
-    or (not target.is_fraction and numeric.is_rounding(theirs, ours))
-    for ours, theirs in pairs
-  )
-
-
-def _rounds_to(prediction: str, target: _Number | None) -> bool:
-  r"""Whether an exact value is what the reference rounds: `40\pi` for 125.663."""
-  if target is None or target.is_percent or target.is_fraction:
-    return False
-  value, *others = numeric.values(prediction)
-  if value is None or value.imag or any(other != value for other in others):
-    return False
-  exact = fractions.Fraction(value.real)
-  is_rounding = numeric.is_rounding(target.value, exact, places=3)
-  return is_rounding or numeric.is_cut_off(target.value, value.real)
-
-
 _IN_BASE = re.compile(r"([0-9A-F]+)\s*_\s*(?:\{\s*(\w+)\s*\}|(\w+))")
 
 
@@ -418,8 +335,7 @@ def _same_in_base(prediction: str, reference: str) -> bool | None:
   if ours is None and theirs is None:
     return None
   if ours is None or theirs is None:
-    digits, plain = (theirs[1], prediction) if theirs else (ours[1], reference)
-    return digits == _right_side(plain).replace(" ", "")
+    return theirs is not None and theirs[1] == _right_side(prediction).replace(" ", "")
   return ours[1] == theirs[1] and _base_of(ours) == _base_of(theirs)
 
 
@@ -480,6 +396,8 @@ def _same_parts(prediction: str, reference: str) -> bool | None:
       return True
   elif ours.is_vector_of(theirs) or theirs.is_vector_of(ours):
     return _same_row(ours.elements, theirs.elements, _equal_tidied)
+  elif {ours.brackets, theirs.brackets} == {"()", "{}"}:
+    return False
   else:
     if not ours.brackets and _same_row(ours.elements, theirs.elements, _equal_tidied):
       return theirs.brackets == "()" or None  # -2, -2 is the point (-2, -2).
@@ -493,15 +411,15 @@ def _same_parts(prediction: str, reference: str) -> bool | None:
 
 
 def _is_known(text: str) -> bool:
-  plain = text.replace(" ", "") in (r"\infty", r"+\infty", r"-\infty") or _number(text)
-  if plain or None not in numeric.values(text):
+  is_infinite = text.replace(" ", "") in (r"\infty", r"+\infty", r"-\infty")
+  if is_infinite or quantities.read(text) or None not in numeric.values(text):
     return True
   parts = _parts(text)
   return parts is not None and all(map(_is_known, parts.elements))
 
 
 def _same_value(prediction: str, reference: str) -> bool:
-  if _number(prediction) and _number(reference):
+  if quantities.read(prediction) and quantities.read(reference):
     return _equal_tidied(prediction, reference)
   if _parts(prediction) and _parts(reference):
     return _same_parts(prediction, reference) is True
@@ -545,7 +463,8 @@ def _parts(text: str) -> _Parts | None:
     content = inside[inside.lastindex - bool(inside[3])]
     if inside[3]:
       return _Parts(inside[3] + inside[5], _split(content, ","))
-    return _Parts("{}", _with_both_signs(_split(content, ",")))
+    brackets = "{}" if inside[1] else ""  # {1, 2} in LaTeX is 1, 2.
+    return _Parts(brackets, _with_both_signs(_split(content, ",")))
   elements = _with_both_signs(_split(_AND_OR.sub(",", text), ","))
   return _Parts("", elements) if len(elements) > 1 else None
 
@@ -670,11 +589,16 @@ def _same_expression(prediction: str, reference: str) -> bool:
 
 
 _DEGREES = re.compile(r"(\d+)\s*(?:°|\^\s*(?:\\circ|\{\s*\\circ\s*\}))")
+# math-verify takes 2\\max(3, 4) for a mixed number.
+_TIMES_LEFT_OUT = re.compile(
+  r"(?<=[\d)])(?<![\^_]\d)\s*(?=\(|\\(?:[dt]?binom|max|min|gcd|lcm|log|ln|exp|sin|cos|tan)(?![a-z]))"
+)
 _OF_ANGLES = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 
 
 def _parse(text: str) -> list[Any]:
   library = _math_verify()
+  text = _TIMES_LEFT_OUT.sub(r" \\cdot ", text)
   if _OF_ANGLES.search(text):
     text = _DEGREES.sub(r"\\frac{\1\\pi}{180}", text)
   return library.parse(

@@ -22,6 +22,7 @@ _FRACTIONS = ("frac", "dfrac", "tfrac", "cfrac")
 _PRODUCTS = ("cdot", "times")
 _SUM = re.compile(r"[\w)}!]\s*[-+]")
 _POINTS = 2
+_LARGEST = 1e150
 _BRACES = str.maketrans("", "", "{}")  # v_{0} is v_0
 
 # --- What a decimal stands for ---
@@ -46,7 +47,7 @@ def is_cut_off(decimal: fractions.Fraction, exact: float) -> bool:
   >>> [is_cut_off(fractions.Fraction(pi), math.pi) for pi in ("3.1415", "3.141")]
   [True, False]
   """
-  if (decimal * 100).denominator == 1 or decimal * exact < 0:
+  if (decimal * 100).denominator == 1 or decimal * exact < 0 or abs(exact) > 1e15:
     return False
   places = next((k for k in range(3, 20) if (decimal * 10**k).denominator == 1), 0)
   digits = int(abs(decimal) * 10**places)
@@ -54,13 +55,13 @@ def is_cut_off(decimal: fractions.Fraction, exact: float) -> bool:
 
 
 def is_float_noise(one: fractions.Fraction, other: fractions.Fraction) -> bool:
-  """Whether they differ as 0.1 + 0.2 does from 0.3, or not at all.
+  """Whether they differ as single precision does, or 0.1 + 0.2 from 0.3, or not at all.
 
-  Two whole numbers never do, and no double differs in its eighteenth digit.
+  Numbers of six decimals never do, and no double differs in its eighteenth digit.
   """
-  if one.denominator == other.denominator == 1:
+  if all((each * 10**6).denominator == 1 for each in (one, other)):
     return one == other
-  return one == other or abs(other) / 10**17 < abs(one - other) < abs(other) / 10**12
+  return one == other or abs(other) / 10**17 < abs(one - other) < abs(other) / 10**7
 
 
 # --- What is left undone ---
@@ -68,7 +69,8 @@ def is_float_noise(one: fractions.Fraction, other: fractions.Fraction) -> bool:
 _SCIENTIFIC = re.compile(r"\s*(?:\\times|\\cdot|\*)\s*10\s*(?=\^)")
 _EXPONENT = re.compile(r"\^\s*\{[^{}]*\}")
 _OPERATION = re.compile(
-  r"(?<=[\w)}!%])\s*(?:[-+]|\\pm\b|(?:\*|\\(?:times|cdot|ast)\b)(?!\s*\\(?:sqrt|pi)))|\d\s*\(|\)\s*[\d(]"
+  r"(?<=[\w)}!%\]])\s*(?:[-+]|\\pm\b|(?:\*|\\(?:times|cdot|ast)\b)(?!\s*\\(?:sqrt|pi)))|\d\s*\(|\)\s*[\d(]"
+  r"|\^\s*\{[^{}]*\}\s*[\d(]"
 )
 _DIVISION = re.compile(r"[/:]|\\(?:[dtc]?frac|div|over)(?![a-z])")
 # Functions that have a value once their numbers are known, brackets side by side, and a
@@ -175,8 +177,8 @@ def _value(text: str, point: int) -> complex | None:
     value = complex(parser.sum())
   except (_Unsure, ArithmeticError, ValueError, RecursionError):
     return None
-  finite = math.isfinite(value.real) and math.isfinite(value.imag)
-  return value if finite and parser.at_end() else None
+  is_fit = abs(value.real) < _LARGEST and abs(value.imag) < _LARGEST
+  return value if is_fit and parser.at_end() else None
 
 
 @functools.cache

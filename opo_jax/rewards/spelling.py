@@ -9,7 +9,8 @@ import re
 
 from opo_jax.rewards.answers import boxed
 
-_DELIMITERS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")]
+_DELIMITERS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")]
+_DELIMITERS += [("**", "**"), ("__", "__"), ("_", "_")]
 _TEXT_COMMAND = re.compile(r"\\(?:text\w*|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}")
 # Letters are units only where they are set as text: 5s is a product.
 _UNIT_COMMAND = re.compile(
@@ -36,20 +37,27 @@ _SIGNS = {
   "\u03c0": r"\pi ",
   "\u03b8": r"\theta ",
   "\u2248": r"\approx ",
+  "\u2260": r"\ne ",
   "\u00b2": "^2",
   "\u00b3": "^3",
   "\u00bd": r"\frac12",
   "\u00bc": r"\frac14",
   "\u00be": r"\frac34",
   "\u6216": " or ",
+  "\u3001": ", ",
 }
 _SIGNS |= {chr(code + 0xFEE0): chr(code) for code in range(33, 127)}  # full width
 _SIGNS = str.maketrans(_SIGNS)
+_GREEK = "alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|tau|phi|omega"
 _FUNCTIONS = "(?:arc)?(?:sin|cos|tan)|(?:sin|cos|tan)h|cot|csc|ln|log"
 _SPELLINGS = [
   (re.compile(r"(?<![\\A-Za-z])([dtc]?frac|sqrt)(?=\s*[{\[])"), r"\\\1"),
   (re.compile(r"(?<=\d)(or|and)(?=[A-Za-z(])"), r" \1 "),
   (re.compile(r"^(?:minus|negative) (?=\d)"), "-"),
+  (re.compile(r"\bFraction\((-?\d+), ?(\d+)\)"), r"\1/\2"),
+  (re.compile(r"^\(?(-?[\d.]+ ?[-+] ?[\d.]*)j\)?$"), r"\1i"),
+  (re.compile(r"(?<=[*^+/-])\[([^\[\],;]*)\]"), r"(\1)"),
+  (re.compile(rf"(?<![\\A-Za-z])({_GREEK})(?=\s?[-+*/^)_=]|$)"), r"\\\1 "),
   (re.compile(r"^(?:USD|EUR|GBP|INR|CNY|RMB|Rs\.?) ?(?=\d)"), ""),
   (re.compile(r"^m? ?\\angle ?(?=[A-Z].*=)"), ""),
   (re.compile(r"\\vec ?(?:\{ ?([A-Za-z]) ?\}|([a-z])(?![a-z]))"), r"\1\2"),
@@ -66,13 +74,14 @@ _SPELLINGS = [
   (re.compile(r"\\colon(?![A-Za-z])"), ":"),
   (re.compile(r"\ball real numbers\b", re.IGNORECASE), r"\\mathbb{R}"),
   (re.compile(r"\\lt(?![A-Za-z])"), "<"),
+  (re.compile(r"\\(?:land(?![a-z])|wedge(?![a-z])|&)(?=.*=)"), " and "),
   (re.compile(r"\\([gl])eq(?:q|slant)?(?![A-Za-z])"), r"\\\1e "),
   (re.compile(r"^[fgh] ?\( ?[a-z] ?\) ?="), "y ="),
   (re.compile(r"\\gt(?![A-Za-z])"), ">"),
-  (re.compile(r"!=|\\neq(?![A-Za-z])|\\not\s*="), r"\\ne "),
+  (re.compile(r"[!/]=|=/=|\\neq(?![A-Za-z])|\\not\s*="), r"\\ne "),
   (re.compile(r"\u221a\s*(\d+|[A-Za-z])"), r"\\sqrt{\1}"),
   (re.compile(r"\u221b\s*(\d+|[A-Za-z])"), r"\\sqrt[3]{\1}"),
-  (re.compile(rf"(?<![\\A-Za-z])({_FUNCTIONS})(?=\s*[(\\^_]| [a-z]\b)"), r"\\\1"),
+  (re.compile(rf"(?<![\\A-Za-z])({_FUNCTIONS})(?=\s*[(\\^_]| [a-z]\b| \d)"), r"\\\1"),
   (re.compile(r"(?<![\\A-Za-z])(?:inf(?:inity)?|oo)(?![A-Za-z])"), r"\\infty "),
   (re.compile(r"(?<![A-Za-z])\\?exp ?\(([^()]*)\)"), r"e^{\1}"),
   (re.compile(r"\^\s*\(([^()]*)\)"), r"^{\1}"),
@@ -85,6 +94,11 @@ _LEAD = re.compile(
 )
 
 
+_SPACE = re.compile(
+  r"\\(?:m?left|m?right|displaystyle|(?:neg)?(?:thin|med|thick)space|enspace)(?![a-z])"
+)
+# Of 1$000 and 3\\hfill 400 no one number.
+_BETWEEN = re.compile(r"\\hfill?(?![a-z])|(?<=\d)(?:\$ \$|\\?[$€£¥])(?=\d)")
 _MIXED = re.compile(r"(\d+(?: \d{3})*?) (\d+) ?/ ?(\d+)")
 
 
@@ -125,6 +139,8 @@ def tidy(text: str) -> str:
   if not text.isascii():
     text = text.translate(_SIGNS)
   text = _UNIT_COMMAND.sub("", text)
+  if "..." in text or r"\ldots" in text:
+    text = _GOES_ON.sub(_repeating, text)
   text = re.sub(r"[\s\x00]+", " ", _TEXT_COMMAND.sub(r" \1 ", text))
   bare = None
   while bare != text:
@@ -137,9 +153,8 @@ def tidy(text: str) -> str:
       if text.startswith(opening) and text[len(opening) :].endswith(closing):
         text = text[len(opening) : -len(closing)]
   text = re.sub(r"(?<=\d),\\!\s*(?=\d{3}(?!\d))", ",", text)
-  text = re.sub(
-    r"\\?[$€£¥]|(?<!\\)\\[()\[\]!]|\\(?:left|right|displaystyle)(?![a-z])", "", text
-  )
+  text = _SPACE.sub(" ", _BETWEEN.sub(", ", text))
+  text = re.sub(r"(?<!\d)\\?[$€£¥]|\\?[$€£¥](?!\d)|(?<!\\)\\[()\[\]!]", "", text)
   for pattern, spelling in _SPELLINGS:
     text = pattern.sub(spelling, text)
   text = _REPEATING.sub(_repeating, text)
@@ -149,7 +164,9 @@ def tidy(text: str) -> str:
   text = _MIXED.sub(_mixed, text)
   text = _POINTED.sub(lambda match: match[0].replace(".", ""), text)
   text = _SCALE.sub(lambda match: f"e{_ZEROS[match[1].casefold()]}", text)
-  text = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi", text).strip()
+  text = re.sub(r"(?<![\\A-Za-z])(?:pi|PI)(?![A-Za-z])", r"\\pi", text).strip()
+  if "," not in text:
+    text = text.replace(";", ", ")
   text = _LEAD.sub("", text, count=1)
   return NUMBER_WORDS.get(text.casefold(), text)
 
@@ -204,6 +221,10 @@ def _on_24_hours(clock: re.Match) -> str:
   return f"{hour}:{clock[2]}{seconds}"
 
 
+# 0.333...
+_GOES_ON = re.compile(
+  r"(?<![\d,])(\d{0,9})\.(\d{0,3}?)(\d{1,3}?)\3{2,9}(?![\d{]|\.\.\.\d)(?:\.\.\.|\s?\\ldots)"
+)
 _REPEATING = re.compile(r"(\d{0,9})\.(\d{0,9})\\overline\s*\{\s*(\d{1,9})\s*\}")
 
 
@@ -212,7 +233,11 @@ def _repeating(match: re.Match) -> str:
   whole, fixed, digits = match[1] or "0", match[2], match[3]
   start = fractions.Fraction(int(whole + fixed), 10 ** len(fixed))
   cycle = fractions.Fraction(int(digits), (10 ** len(digits) - 1) * 10 ** len(fixed))
-  return rf"\frac{{{(start + cycle).numerator}}}{{{(start + cycle).denominator}}}"
+  total = start + cycle
+  is_whole = total.denominator == 1
+  return (
+    str(total) if is_whole else rf"\frac{{{total.numerator}}}{{{total.denominator}}}"
+  )
 
 
 def has_words(text: str) -> bool:
