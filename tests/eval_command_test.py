@@ -17,6 +17,8 @@ from opo_jax.data import arithmetic, sources
 from opo_jax.evaluation import pass_rates, read_responses, summarise
 from opo_jax.run import Run
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 FLAGS = ["--eval.problems=6", "--eval.samples=2", "--eval.chunk=2"]
 
 

@@ -26,6 +26,8 @@ from opo_jax.data.prompts import Problem
 from opo_jax.rewards import RewardPool
 from opo_jax.run import TOKENIZERS, Run, load_policy
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [
   "--steps=4",

@@ -29,6 +29,8 @@ from opo_jax.config import (
 from opo_jax.models import ModelConfig, Policy, lora
 from opo_jax.run import Run, load_policy
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 # No two sizes of a kernel are equal, and layers have biases.
 CONFIG = ModelConfig(
   vocab_size=32,

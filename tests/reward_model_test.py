@@ -27,6 +27,8 @@ from opo_jax.rollouts import prompt_columns
 from opo_jax.run import Run
 from opo_jax.trainer import TrainState
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 GOLDEN = sorted((pathlib.Path(__file__).parent / "golden/reward_models").glob("*.npz"))
 each_family = pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.stem)
 
