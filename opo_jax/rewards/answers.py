@@ -126,19 +126,20 @@ def final_answer(response: str) -> str | None:
     1. The last `\boxed{…}` that is not empty, unless a "final answer is N" follows that
        states a value: then that. Boxes in a row, or with nothing but a
        comma, "and", "or", a hedge ("maybe") or a sign ("/", "+") between them, are one
-       answer, a list. A box that is never
-       closed (a truncated response) is no answer, and no earlier box takes its place.
+       answer, a list. A box that is never closed (a truncated response) is passed over,
+       unless it goes on with a list or takes the box before it back.
     2. The last of the marked answers: `#### N` up to the end of the line, "answer is
-       N" or "answer: N" up to the end of the line or sentence, `<answer>N</answer>`.
+       N" or "answer: N" up to the end of the line or sentence, `<answer>N</answer>`;
+       not one that is denied ("wrong answer: N").
     3. The last line that is more than "$$" or "---", if it asks for nothing.
 
   An alternative right after 1 or 2 belongs to the answer: "`\boxed{3}` or 4" and "The
   answer is 3. Or maybe 4." are "3 or 4", "`\boxed{4}`, 5" and "Answer: 4; 5" are lists.
-  A box that is denied ("not `\boxed{4}`") or has a minus before it is no answer. What 2
-  and 3 give can be a sentence; see `stated`.
+  A box that is denied ("not `\boxed{4}`") or has a minus or a digit right before it is
+  no answer. What 2 and 3 give can be a sentence; see `stated`.
 
   Returns:
-    The answer as it is written; None where the last box is not closed.
+    The answer as it is written; None where a box is not closed and no other counts.
 
   >>> final_answer(r"First \boxed{3}. No: \boxed{4} or \boxed{5}.")
   '4, 5'
@@ -424,11 +425,13 @@ def stated(text: str) -> str:
 
   Of its last sentence with a number, a formula or an "(A)" in it, what follows the last
   "is", "=", ":", "so" and the like: there has to be exactly one value (or one list, or
-  one in bold). Nothing is stated by a task ("Compute 3"), by a sentence that has
-  alternatives in it ("or", "maybe", "if"), nor by a value that is denied ("not 3").
+  one in bold). A sum that is true states its result, if nothing behind it counts on;
+  when or how long ("after 12 months") is an aside. Nothing is stated by a task
+  ("Compute 3"), by a sentence that has alternatives in it ("or", "maybe", "if" but for
+  the one premise of a true sum), nor by a value that is denied ("not 3").
   Where the text has no value, it is the choice that it begins or ends with, if it names
-  no other but to deny it, the "yes" or "no" that it begins with, or what the last "is"
-  is followed by: a word.
+  no other but to deny it, the "yes" or "no" that it begins with, its only number in
+  words, or what the last "is" is followed by: a word.
 
   >>> stated("The 3 cats weigh 4 kg, so it is 12 kg. I hope this helps.")
   '12'
@@ -544,7 +547,7 @@ def _stated_by(sentence: str, values: list[re.Match], has_premise: bool) -> str:
 
 
 def _worked_out(sentence: str) -> str:
-  """The 20 of "18000/900 = 20 days between 2 services", if that is true, else ""."""
+  """The 20 of "18000/900 = 20 days for 2 cars", if that is true and all, else ""."""
   *_, equation = [None, *_EQUATION.finditer(sentence)]
   if equation is None or not _REST.fullmatch(sentence, equation.end()):
     return ""
