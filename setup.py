@@ -18,7 +18,7 @@ setup(
   long_description_content_type="text/markdown",
   license="MIT",
   packages=find_packages(include=["opo_jax", "opo_jax.*"]),
-  package_data={"opo_jax": ["*.html.jinja"]},
+  package_data={"opo_jax": ["reports/*.html.jinja"]},
   python_requires=">=3.11",
   install_requires=[
     # The device side.

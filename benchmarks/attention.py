@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opo_jax import sharding
+from opo_jax.devices import sharding
 from opo_jax.models.attention import BACKENDS, Keys, attention, choose_backend
 
 # Dense bfloat16 TFLOP/s of one device, from its maker's data sheet.

@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 from rollouts import in_turns, prompts
 
-from opo_jax import decoding, sharding
+from opo_jax.devices import sharding
 from opo_jax.models import ModelConfig, Policy
-from opo_jax.sampler import generate
+from opo_jax.sampler import decoding
+from opo_jax.sampler.engine import generate
 
 SHAPE = ModelConfig(32_768, 896, 4864, 6, 14, 2, 64)
 

@@ -35,9 +35,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opo_jax import decoding
 from opo_jax.models import ModelConfig, Policy
-from opo_jax.sampler import generate
+from opo_jax.sampler import decoding
+from opo_jax.sampler.engine import generate
 
 BENCH_SMALL = ModelConfig(4096, 256, 1024, 6, 8, 2, 32)
 ACCELERATOR_SHAPES = {

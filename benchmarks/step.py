@@ -26,11 +26,11 @@ import numpy as np
 import optax
 from rollouts import BENCH_SMALL, in_turns, log_normal_lengths, peer, table
 
-from opo_jax import trainer
+from opo_jax import learner as trainer
 from opo_jax.advantages import ESTIMATORS
 from opo_jax.models import ModelConfig, Policy
 from opo_jax.rollouts import Rollouts
-from opo_jax.sampler import generate
+from opo_jax.sampler.engine import generate
 
 # model, prompts, prompt tokens, samples, response tokens
 QUICKSTART = ModelConfig(32, 128, 384, 2, 4, 2, 32), 32, 15, 8, 32

@@ -16,8 +16,8 @@ import sys
 import numpy as np
 from matplotlib.figure import Figure
 
-from opo_jax import plots
 from opo_jax.data import preferences
+from opo_jax.reports import plots
 
 DOCS = pathlib.Path(__file__).parent
 # label: (experiment, further flags)
@@ -84,7 +84,7 @@ def evaluations(path: pathlib.Path) -> dict[int, dict]:
 def summary(path: pathlib.Path) -> dict:
   """The figures of one finished run."""
   pairs = plots.read_metrics(path / "reward_model")
-  warm = [json.loads(line) for line in (path / "warm_start.jsonl").open()]
+  warm = [json.loads(line) for line in (path / "sft.jsonl").open()]
   rows, last = plots.read_metrics(path), pairs[-1]
   figures = {
     "commit": json.loads((path / "run.json").read_text())["commit"],

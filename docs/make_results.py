@@ -11,7 +11,7 @@ import pathlib
 import subprocess
 import sys
 
-from opo_jax import plots
+from opo_jax.reports import plots
 
 DOCS = pathlib.Path(__file__).parent
 # label: (experiment, further flags)
@@ -50,7 +50,7 @@ def summary(path: pathlib.Path) -> dict:
   """The figures of one finished run."""
   rows = plots.read_metrics(path)
   run = json.loads((path / "run.json").read_text())
-  warm = [json.loads(line) for line in (path / "warm_start.jsonl").open()]
+  warm = [json.loads(line) for line in (path / "sft.jsonl").open()]
   evaluated = [row for row in rows if "eval/arithmetic/pass@1" in row]
   first, last, steps = evaluated[0], evaluated[-1], rows[1:]
   pass_1 = "eval/arithmetic/pass@1"

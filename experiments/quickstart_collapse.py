@@ -20,6 +20,6 @@ def get_config() -> Config:
   return dataclasses.replace(
     base,
     experiment="quickstart_collapse",
-    warm_start=dataclasses.replace(base.warm_start, steps=40),
+    sft=dataclasses.replace(base.sft, steps=40),
     optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-3),
   )

@@ -7,7 +7,7 @@ Where to start reading: `loop.py` is the run from top to bottom on the host,
     config      every knob on one page
     loop        prompts -> rollouts -> rewards -> update -> record
     run         the phases of a step, and what stays the same throughout
-    reward_loop preference pairs -> a reward model
+    reward_training preference pairs -> a reward model
     commands    evaluate, export, ask, measure: a run that is there already
     build       Config -> policy, optimiser, sampler, update
     advantages  rewards, lengths, groups -> advantages

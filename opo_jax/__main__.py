@@ -14,7 +14,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from opo_jax import environment
+from opo_jax.devices import environment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,16 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
   logging.getLogger("absl").setLevel(logging.ERROR)
   try:
     if known.command in FOR_ONE_PROCESS:
-      from opo_jax import sharding
+      from opo_jax.devices import distributed
 
-      sharding.check_alone(known.command, flags)
+      distributed.check_single_process(known.command, flags)
     return COMMANDS[known.command](known, flags)
   except (Exception, KeyboardInterrupt) as error:
     code = _told(error)
     if known.command == "train":  # perhaps as one of several processes
-      from opo_jax import sharding
+      from opo_jax.devices import distributed
 
-      sharding.leave(error, code)
+      distributed.abort(error, code)
     if code is None:
       raise
     return code
@@ -125,7 +125,7 @@ def train(known, flags) -> int:
   from opo_jax import loop
 
   if loop.train(config, directory):
-    from opo_jax import report
+    from opo_jax.reports import report
 
     print(f"report: {report.report(directory)}")
   return 0
@@ -134,9 +134,9 @@ def train(known, flags) -> int:
 def reward_model(known, flags) -> int:
   config = _parse(_experiment(known.experiment), flags)
   directory = known.run or pathlib.Path("runs") / known.experiment
-  from opo_jax import reward_loop
+  from opo_jax import reward_training as reward_training
 
-  print(f"reward model: {reward_loop.train(config, directory)}")
+  print(f"reward model: {reward_training.train(config, directory)}")
   return 0
 
 
@@ -175,14 +175,14 @@ def sample(known, flags) -> int:
 
 
 def write_report(known, flags) -> int:
-  from opo_jax import report
+  from opo_jax.reports import report
 
   print(f"report: {report.report(known.run)}")
   return 0
 
 
 def compare(known, flags) -> int:
-  from opo_jax import compare as comparison
+  from opo_jax.reports import compare as comparison
 
   names = "-".join(run.resolve().name for run in known.runs)
   out = known.out or known.runs[0].parent / f"compare-{names}"
@@ -194,8 +194,9 @@ def compare(known, flags) -> int:
 
 def variance(known, flags) -> int:
   config = _config_of(known.run)
-  from opo_jax import commands, plots
+  from opo_jax import commands
   from opo_jax import variance as gradients
+  from opo_jax.reports import plots
 
   settings = _parse(gradients.Settings(), flags)
   rows = commands.measure_variance(
@@ -227,7 +228,7 @@ def plan(known, flags) -> int:
   # Compiled on the CPU of this host, whatever else it has.
   os.environ["JAX_PLATFORMS"] = "cpu"
   config = _parse(_experiment(known.experiment), flags)
-  from opo_jax import planning
+  from opo_jax.planning import plan as planning
 
   settings = planning.Settings(known.mean_length, known.prompt_length)
   return planning.run(

@@ -16,11 +16,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from opo_jax import sampler, sharding, trainer
+from opo_jax import learner as trainer
+from opo_jax import sampler
 from opo_jax.advantages import ESTIMATORS
 from opo_jax.config import Config, near_names
 from opo_jax.config import Eval as EvalConfig
 from opo_jax.config import Rollout as RolloutConfig
+from opo_jax.devices import sharding
 from opo_jax.models import ModelConfig, Policy, lora, save, save_adapter
 from opo_jax.models.card import model_card
 from opo_jax.models.config_json import end_tokens, generation_config, read_config
@@ -62,7 +64,7 @@ class Parts:
     like: shapes and layout of the policy.
     like_state: shapes and layout of the RL phase's TrainState.
     start: policy -> TrainState of the RL phase, at step 0.
-    start_warm: policy -> TrainState of the warm start.
+    start_sft: policy -> TrainState of the warm start.
     sample: (policy, prompts, distribution, samples_per_prompt=, seed=, first_prompt=,
       version=) -> Rollouts; `distribution` is `config.rollout` or `config.eval`.
     stream: (policy, prompt, distribution, seed=) -> the tokens of one response, as they
@@ -87,7 +89,7 @@ class Parts:
   like: Policy
   like_state: trainer.TrainState
   start: Callable[[Policy], trainer.TrainState]
-  start_warm: Callable[[Policy], trainer.TrainState]
+  start_sft: Callable[[Policy], trainer.TrainState]
   sample: Callable[..., Rollouts]
   stream: Callable[..., Iterator[list[int]]]
   sampling_programs: Callable[[], int]
@@ -162,7 +164,7 @@ def build(
   like_state = _like_state(optimizer, mesh, offload, _adapters(config), like)
   share_prompts = not sharding.on_accelerator(mesh)
   update = trainer.Update(_algorithm(config, share_prompts=share_prompts), optimizer)
-  warm_optimizer = _adamw(config, _rise_and_fall(config.warm_start))
+  warm_optimizer = _adamw(config, _rise_and_fall(config.sft))
   pairs = config.reward_model
   reward_optimizer = _adamw(config, _rise_and_fall(pairs))
   reward_from = jax.jit(
@@ -175,7 +177,7 @@ def build(
     like=like,
     like_state=like_state,
     start=start,
-    start_warm=functools.partial(_start, warm_optimizer, mesh, offload, lambda p: p),
+    start_sft=functools.partial(_start, warm_optimizer, mesh, offload, lambda p: p),
     sample=functools.partial(_sample, config.rollout),
     stream=functools.partial(_stream, config.rollout),
     sampling_programs=sampler.compiled_programs,
@@ -267,11 +269,11 @@ def check_batch(config: Config, mesh: Mesh) -> None:
       f"{prompts} prompts do not fill {shards} devices; use a multiple of {shards}"
       f" (--rollout.prompts-per-step {-(-prompts // shards) * shards})."
     )
-  if config.warm_start.steps and config.warm_start.batch_size % shards:
-    size = config.warm_start.batch_size
+  if config.sft.steps and config.sft.batch_size % shards:
+    size = config.sft.batch_size
     raise ValueError(
       f"{size} demonstrations do not fill {shards} devices; use a multiple of {shards}"
-      f" (--warm-start.batch-size {-(-size // shards) * shards})."
+      f" (--sft.batch-size {-(-size // shards) * shards})."
     )
 
 
@@ -442,7 +444,7 @@ def _export(
       "longest response": rollout.max_new_tokens,
       "sampling temperature": rollout.temperature,
       "learning rate": config.optimizer.learning_rate,
-      "supervised warm start, steps": config.warm_start.steps,
+      "supervised warm start, steps": config.sft.steps,
       "activations": policy.dtype,
     }
     | _adapter_settings(config.model),
@@ -457,7 +459,7 @@ def _export(
   if not adapter_alone:
     save(policy, directory, card=card, **whole)
     return
-  if not has_start_model or config.warm_start.steps:
+  if not has_start_model or config.sft.steps:
     # What the adapters lie beside is nowhere else.
     path = str((directory / "base").resolve())
     save(lora.without(policy), path, **whole)

@@ -9,12 +9,12 @@ from typing import Any
 
 from opo_jax import config as config_lib
 from opo_jax import evaluation
-from opo_jax.checkpoint import fingerprint
 from opo_jax.config import Config
-from opo_jax.data import dedup, sources
+from opo_jax.data import decontaminate, sources
 from opo_jax.data.prompts import Problem
-from opo_jax.metrics import write_json
 from opo_jax.run import Run, checkpoint_steps, load_policy
+from opo_jax.storage.checkpoint import fingerprint
+from opo_jax.storage.metrics import write_json
 
 # What does not change an answer, and may be another when an evaluation goes on.
 _NO_SETTINGS = {
@@ -244,9 +244,9 @@ def compare_data(train: Sequence[str], held_out: Sequence[str]) -> str:
     problems = list(sources.load(name, "train"))
     for apart in held_out:
       pair = f"{name} in {apart}"
-      found[pair] = dedup.find(problems, sources.load(apart, "test"))
+      found[pair] = decontaminate.find(problems, sources.load(apart, "test"))
       sizes[pair] = len(problems)
-  return dedup.report(found, sizes)
+  return decontaminate.report(found, sizes)
 
 
 def measure_variance(

@@ -75,7 +75,7 @@ class Data:
   answer_field: str = ""
   # Evaluation sets whose problems, or nearly the same ones, are left out of training:
   # "math500 aime24". (run)
-  held_apart: str = ""
+  decontaminate_against: str = ""
   # JSON lines of problem ids with the start model's pass rates; empty: none. (run)
   pass_rate_file: str = ""
   # With that file: problems solved less often than this are left out. (run)
@@ -96,10 +96,10 @@ class Reward:
 
   # arithmetic, math, or a function of your own: package.module:function. preferences is
   # the true score of that task, which no labeller tells; reward_model takes no
-  # processes. (run, reward_loop)
+  # processes. (run)
   verifier: str = "arithmetic"
   # Of reward_model: a run directory that has one, or a directory or hub id in Hugging
-  # Face format; empty: trained on pairs first, see reward_model.*. (run, reward_loop)
+  # Face format; empty: trained on pairs first, see reward_model.*. (run)
   model: str = ""
   # Processes that verify; 0 verifies in this one, without a time limit. (run)
   workers: int = 0
@@ -130,13 +130,13 @@ class Reward:
 class RewardModel:
   """A reward model, trained on preference pairs; it begins as the start policy."""
 
-  # `preferences`, or jsonl:PATH with the texts prompt, chosen, rejected. (reward_loop)
+  # `preferences`, or jsonl:PATH with the texts prompt, chosen, rejected. (rewards)
   pairs: str = "preferences"
-  # Training pairs that are used, from the first on; 0 takes all. (reward_loop)
+  # Training pairs that are used, from the first on; 0 takes all. (rewards)
   num_pairs: int = 0
-  # Optimiser steps. (build, reward_loop)
+  # Optimiser steps. (build, reward_training)
   steps: int = 200
-  # Pairs per step. (reward_loop)
+  # Pairs per step. (rewards)
   batch_size: int = 64
   # Peak, reached after a tenth of the steps; a cosine then falls to 0. (build)
   learning_rate: float = 1e-3
@@ -147,7 +147,7 @@ class RewardModel:
 
 
 @dataclass(frozen=True)
-class WarmStart:
+class Sft:
   """Supervised learning on demonstrations, before RL."""
 
   # Optimiser steps; 0 leaves the phase out. (run, build)
@@ -373,7 +373,7 @@ class Config:
   # A reward model, where the reward is one that is trained here.
   reward_model: RewardModel = field(default_factory=RewardModel)
   # Supervised learning before RL.
-  warm_start: WarmStart = field(default_factory=WarmStart)
+  sft: Sft = field(default_factory=Sft)
   # Sampling for training.
   rollout: Rollout = field(default_factory=Rollout)
   # From rewards to a gradient.
@@ -397,7 +397,7 @@ class Config:
     """Checks what can be checked before any device is touched."""
     at_least = {
       1: "steps model.vocab_size model.width model.mlp_width model.num_layers"
-      " model.num_heads model.num_kv_heads model.head_dim warm_start.batch_size"
+      " model.num_heads model.num_kv_heads model.head_dim sft.batch_size"
       " reward_model.steps reward_model.batch_size"
       " rollout.prompts_per_step rollout.group_size rollout.max_prompt_tokens"
       " rollout.max_new_tokens algorithm.updates_per_batch"
@@ -407,7 +407,7 @@ class Config:
       " reward.memory_gib reward.format_weight reward.overlong_weight"
       " reward.repetition_weight data.min_pass_rate"
       " reward_model.num_pairs reward_model.learning_rate reward_model.margin"
-      " reward_model.center warm_start.steps warm_start.learning_rate rollout.slots"
+      " reward_model.center sft.steps sft.learning_rate rollout.slots"
       " algorithm.micro_batch_tokens algorithm.clip_low"
       " algorithm.clip_high algorithm.tis_cap optimizer.learning_rate"
       " optimizer.warmup_steps optimizer.weight_decay optimizer.max_grad_norm"

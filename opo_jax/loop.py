@@ -14,18 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from opo_jax import build, reward_loop, sharding
-from opo_jax.checkpoint import Checkpoints
+from opo_jax import build
+from opo_jax import reward_training as reward_training
 from opo_jax.config import Config
-from opo_jax.metrics import (
+from opo_jax.devices import distributed
+from opo_jax.devices.profiling import Profiler
+from opo_jax.run import Run, check_directory, scores
+from opo_jax.storage.checkpoint import Checkpoints
+from opo_jax.storage.metrics import (
   JsonLines,
   TensorBoard,
   Timers,
   check_finite,
   describe_responses,
 )
-from opo_jax.profiling import Profiler
-from opo_jax.run import Run, check_directory, scores
 
 
 def train(config: Config, directory: pathlib.Path) -> bool:
@@ -44,18 +46,18 @@ def train(config: Config, directory: pathlib.Path) -> bool:
     FloatingPointError: a metric that is not finite; names the step.
   """
   where = config.distributed
-  sharding.start_processes(where.coordinator, where.num_processes, where.process_id)
+  distributed.start_processes(where.coordinator, where.num_processes, where.process_id)
   check_directory(config, directory)
   with contextlib.ExitStack() as stack:
     run = stack.enter_context(Run(config, directory))
     build.check_batch(config, run.parts.mesh)
     stream = run.problems.stream(config.seed)
     run.problems.check()  # what is wrong with them shows now, not at step 700
-    reward_loop.check(run)
+    reward_training.check(run)
     run.write_head()
 
     start_policy = run.start_policy()
-    reward_loop.prepare(run, start_policy)
+    reward_training.prepare(run, start_policy)
     state = run.parts.start(start_policy)
     checkpoints = stack.enter_context(
       Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep)

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from opo_jax import sharding
 from opo_jax.config import Config
-from opo_jax.data import dedup, selection, sources
+from opo_jax.data import decontaminate, selection, sources
 from opo_jax.data import prompts as prompts_lib
 from opo_jax.data.prompts import Problem
+from opo_jax.devices import distributed
 
 
 class Problems:
@@ -59,14 +59,19 @@ class Problems:
       selection.read_pass_rates(data.pass_rate_file) if data.pass_rate_file else {}
     )
     apart = [
-      each for name in data.held_apart.split() for each in self.load(name, "test")
+      each
+      for name in data.decontaminate_against.split()
+      for each in self.load(name, "test")
     ]
     for name, weight in sources.parse_mixture(data.train).items():
       problems, part = self.load(name, "train"), f"{name}/train"
       if apart:
-        twins = {match.train.id for match in dedup.find(problems, apart)}
+        twins = {match.train.id for match in decontaminate.find(problems, apart)}
         problems = self._kept(
-          part, "held_apart", problems, lambda each, twins=twins: each.id not in twins
+          part,
+          "decontaminate_against",
+          problems,
+          lambda each, twins=twins: each.id not in twins,
         )
       if rates:
         lowest, highest = data.min_pass_rate, data.max_pass_rate
@@ -93,13 +98,17 @@ class Problems:
     Raises:
       ValueError: none is left.
     """
-    sharding.check_alike(len(problems), f"the number of problems of {name}")
+    distributed.assert_same_on_all_hosts(
+      len(problems), f"the number of problems of {name}"
+    )
     limit, data = self.config.rollout.max_prompt_tokens, self.config.data
-    own = (problems[i] for i in sharding.own_share(None, len(problems)))
+    own = (problems[i] for i in distributed.local_indices(None, len(problems)))
     lengths = prompts_lib.prompt_lengths(
       self.tokenizer, own, system=data.system, instruction=data.instruction
     )
-    lengths = sharding.exchange(np.array(lengths, int), None, len(problems)).tolist()
+    lengths = distributed.all_gather(
+      np.array(lengths, int), None, len(problems)
+    ).tolist()
     places = [place for place, length in enumerate(lengths) if length <= limit]
     self._count_left_out(name, "prompt_too_long", len(lengths) - len(places))
     if lengths and not places:

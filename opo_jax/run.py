@@ -18,24 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opo_jax import build, judging, memory, sharding, warm_start
+from opo_jax import build
 from opo_jax import config as config_lib
+from opo_jax import sft as sft
 from opo_jax.build import Parts
-from opo_jax.checkpoint import Checkpoints
 from opo_jax.config import Config
 from opo_jax.data import arithmetic, preferences
 from opo_jax.data import prompts as prompts_lib
 from opo_jax.data.prompts import Problem
 from opo_jax.data.stream import OnDemand
-from opo_jax.evaluation import Response, summarise
-from opo_jax.memory import gib
-from opo_jax.metrics import (
-  Terminal,
-  Timers,
-  add_to_run_json,
-  write_json,
-  write_run_json,
-)
+from opo_jax.devices import distributed, memory, sharding
+from opo_jax.devices.memory import gib
+from opo_jax.evaluation import graded as judging
+from opo_jax.evaluation.statistics import Response, summarise
 from opo_jax.problems import Problems
 from opo_jax.rewards import (
   RewardPool,
@@ -46,7 +41,15 @@ from opo_jax.rewards import (
 )
 from opo_jax.rewards.custom import CustomReward
 from opo_jax.rollouts import Rollouts
-from opo_jax.scoring import Answer, Scoring
+from opo_jax.scorer import Answer, Scoring
+from opo_jax.storage.checkpoint import Checkpoints
+from opo_jax.storage.metrics import (
+  Terminal,
+  Timers,
+  add_to_run_json,
+  write_json,
+  write_run_json,
+)
 
 VERIFIERS: dict[str, Callable[[str, str], float]] = {
   "arithmetic": arithmetic.verify,
@@ -75,7 +78,7 @@ class Run:
     self.config, self.directory = config, directory
     self._stack = contextlib.ExitStack()
     # One process writes what is to be read; checkpoints are written by all.
-    self.writes = sharding.is_first_process()
+    self.writes = distributed.is_first_process()
     self.terminal = Terminal(quiet=not self.writes)
     self.update_memory: memory.Memory | None = None  # known before the first update
     self.tokenizer = (
@@ -88,11 +91,11 @@ class Run:
       eos_ids=prompts_lib.end_token_ids(self.tokenizer, build.model_end_tokens(config)),
       vocab_size=len(self.tokenizer),
     )
-    warm_start.check(config)
+    sft.check(config)
     self._verify = None  # a reward model takes no processes
     if config.reward.verifier != "reward_model":
       self._verify = verifier(config.reward.verifier)
-    elif not sharding.is_alone():
+    elif not distributed.is_single_process():
       raise ValueError(
         "A reward model scores in one process yet; start one process alone"
         " (--distributed.*), or use another --reward.verifier."
@@ -156,7 +159,7 @@ class Run:
     Raises:
       ValueError: some do not.
     """
-    sharding.wait_for_all("checked")  # nobody finds a directory that another has begun
+    distributed.barrier("checked")  # nobody finds a directory that another has begun
     config = self.directory / "config.json"
     if self.writes:
       self.directory.mkdir(parents=True, exist_ok=True)
@@ -164,8 +167,8 @@ class Run:
       devices = sharding.describe(self.parts.mesh) | {"data_left_out": left_out}
       write_run_json(self.directory, seed=self.config.seed, devices=devices)
       write_json(config, config_lib.to_dict(self.config))
-    sharding.wait_for_all("written")
-    sharding.check_alike(config.is_file(), f"whether {config} is there")
+    distributed.barrier("written")
+    distributed.assert_same_on_all_hosts(config.is_file(), f"whether {config} is there")
 
   def tell_left_out(self) -> dict[str, dict[str, int]]:
     """Says which of the problems loaded so far are left out, and gives the numbers."""
@@ -193,7 +196,7 @@ class Run:
 
   def encode_own(self, problems: Sequence[Problem]) -> list[list[int]]:
     """As `encode`, of several processes each its share; no other problem is read."""
-    own = sharding.own_share(self.parts.mesh, len(problems))
+    own = distributed.local_indices(self.parts.mesh, len(problems))
     return self.encode([problems[i] for i in own])
 
   # --- the phases of a step -----------------------------------------------------
@@ -209,7 +212,9 @@ class Run:
       scoring: is given the answers that end early, as they do.
     """
     # Early rows lie on the devices of several processes, where there are several.
-    early = scoring is not None and scoring.wants_rows and sharding.is_alone()
+    early = (
+      scoring is not None and scoring.wants_rows and distributed.is_single_process()
+    )
     rollouts = self._sampled(
       state.policy,
       problems,
@@ -229,14 +234,14 @@ class Run:
     """What the host reads of rollouts, as NumPy arrays: alike in every process."""
     names = ("tokens", "lengths", "finished", "prompt_ids")
     small = {name: getattr(rollouts, name) for name in names}
-    small = sharding.everywhere(small, self.parts.mesh)
+    small = distributed.to_host_replicated(small, self.parts.mesh)
     return dataclasses.replace(rollouts, **small)
 
   def _sampled(self, policy, problems, own_prompts, distribution, **options):
     """Rollouts; says so when they needed a new compiled program."""
     before = self.parts.sampling_programs()
     # Small beside the responses, and the learner wants the prompts everywhere.
-    prompts = sharding.exchange_lists(own_prompts, self.parts.mesh, len(problems))
+    prompts = distributed.all_gather_lists(own_prompts, self.parts.mesh, len(problems))
     rollouts = self.parts.sample(policy, prompts, distribution, **options)
     programs = self.parts.sampling_programs()
     if programs > before:
@@ -283,7 +288,7 @@ class Run:
     if self.config.reward.verifier == "reward_model":
       return self._score_by_model(rollouts, problems)
     mesh, num_rows = self.parts.mesh, len(rollouts.lengths)
-    own = sharding.own_share(mesh, num_rows)
+    own = distributed.local_indices(mesh, num_rows)
     answers = (scoring or self.scoring(problems)).finish(rollouts, own)
     rewards = np.array([answer.reward for answer in answers], np.float32)
     failed = [
@@ -291,7 +296,7 @@ class Run:
       for row, answer in zip(own, answers, strict=True)
       if math.isnan(answer.reward)
     ]
-    rewards = sharding.exchange(rewards, mesh, num_rows)
+    rewards = distributed.all_gather(rewards, mesh, num_rows)
     self._check_scorable(rewards, failed)
     texts = [answer.text for answer in answers]
     if len(own) < num_rows:
@@ -355,7 +360,7 @@ class Run:
     settings, limit = self.config.reward, self.config.rollout.max_new_tokens
     lengths, finished = np.asarray(rollouts.lengths), np.asarray(rollouts.finished)
     mesh, tokens = self.parts.mesh, np.asarray(rollouts.tokens)
-    own = sharding.own_share(mesh, len(lengths))
+    own = distributed.local_indices(mesh, len(lengths))
     pieces = {}
     if settings.format_weight:
       kind = settings.format
@@ -373,7 +378,7 @@ class Run:
       ]
     rewards, metrics = np.array(verified, np.float32), {}
     for name, values in pieces.items():
-      values = sharding.exchange(np.array(values, float), mesh, len(lengths))
+      values = distributed.all_gather(np.array(values, float), mesh, len(lengths))
       rewards += getattr(settings, f"{name}_weight") * values.astype(np.float32)
       metrics[f"reward/{name}"] = float(values.mean())
     scorable = ~np.isnan(verified)
@@ -553,7 +558,9 @@ class Run:
       ValueError: a checkpoint of another run.
     """
     done = checkpoints.latest() or 0
-    sharding.check_alike(done, f"the last checkpoint in {self.directory}")
+    distributed.assert_same_on_all_hosts(
+      done, f"the last checkpoint in {self.directory}"
+    )
     if not done:
       return 0, state
     state, host = self.restore(checkpoints, done, state)
@@ -583,12 +590,14 @@ class Run:
     """Where RL starts: kept in `start/`, warm-started first if the config says so."""
     with Checkpoints(self.directory / "start") as kept:
       is_there = kept.latest() is not None
-      sharding.check_alike(is_there, f"whether {self.directory} has a start policy")
+      distributed.assert_same_on_all_hosts(
+        is_there, f"whether {self.directory} has a start policy"
+      )
       if is_there:
         return kept.restore(0, self.parts.like)[0]
       policy = self.parts.init()
-      if self.config.warm_start.steps:
-        policy = warm_start.train(self, policy)
+      if self.config.sft.steps:
+        policy = sft.train(self, policy)
       kept.save(0, policy, {"config": config_lib.to_dict(self.config)})
       return policy
 

@@ -83,7 +83,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opo_jax import advantages as adv
-from opo_jax import trainer
+from opo_jax import learner as trainer
 from opo_jax.rollouts import Rollouts, rows, select
 
 # What estimators know of each response, arrays of one shape: rewards, lengths, valid,

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "opo_jax"
 # planned and not built yet stand here too, so that they are built where they belong.
 MAY_IMPORT = {
   "__main__": {"loop", "evaluation", "planning", "plots", "variance", "models.hf"}
-  | {"reward_loop"}
+  | {"reward_training"}
   | {"report", "compare"}  # pages about one run, about several
   | {"environment"}  # before JAX starts
   | {"sharding"}  # how one of several processes ends
@@ -24,18 +24,18 @@ MAY_IMPORT = {
   | {"config"},  # the command line parses flags over it
   # The loop's three: the order of a step, its phases, and the commands besides.
   "loop": {"run", "build", "data", "checkpoint", "metrics", "profiling", "config"}
-  | {"reward_loop"}
+  | {"reward_training"}
   | {"sharding"},  # the processes of a run find each other first
   "problems": {"data", "config"}
   | {"sharding"},  # of several processes each measures its share of the prompts
   "run": {"problems", "build", "data", "rewards", "packing", "evaluation", "checkpoint"}
   | {"metrics", "sharding", "config", "judging", "rollouts"}
   | {"scoring", "memory"}  # of a batch, while it is sampled; of a device
-  | {"warm_start"},
-  "warm_start": {"build", "data", "metrics", "rollouts", "config"},
+  | {"sft"},
+  "sft": {"build", "data", "metrics", "rollouts", "config"},
   # A second, smaller loop, before the other: preference pairs instead of rollouts.
-  "reward_loop": {"run", "models", "data", "rewards", "rollouts", "evaluation"}
-  | {"checkpoint", "metrics", "sharding", "config", "warm_start"},
+  "reward_training": {"run", "models", "data", "rewards", "rollouts", "evaluation"}
+  | {"checkpoint", "metrics", "sharding", "config", "sft"},
   "commands": {"run", "data", "metrics", "config", "evaluation"}
   | {"checkpoint"},  # results name the policy they are of
   "planning": {"build", "sharding", "config"}
@@ -70,12 +70,12 @@ MAY_IMPORT = {
   "models.attention": {"models.flash"},
   "models.flash": {"sharding"},
   "data.sources": {"data.prompts", "data.arithmetic", "data.builders", "data.stream"}
-  | {"data.preferences", "data.dedup"}
+  | {"data.preferences", "data.decontaminate"}
   | {"rewards.answers"},  # a reference solution's answer is found as a response's
   "data.builders": {"data.prompts"},
   "data.stream": {"data.prompts"},
   "data.selection": {"data.prompts"},
-  "data.dedup": {"data.prompts"},
+  "data.decontaminate": {"data.prompts"},
   "data.arithmetic": {"data.prompts"},
   "data.preferences": {"data.prompts", "data.arithmetic"},
   "checkpoint": set(),
@@ -186,10 +186,10 @@ def test_only_build_loop_planning_and_the_command_line_know_the_config():
   assert knowing <= {
     "build",
     "loop",
-    "reward_loop",
+    "reward_training",
     "run",
     "problems",
-    "warm_start",
+    "sft",
     "commands",
     "planning",
     "__main__",
@@ -202,8 +202,8 @@ def test_every_config_field_is_read():
 
   from opo_jax.config import Config
 
-  rooms_that_read = ("build", "loop", "reward_loop", "run", "problems", "commands")
-  rooms_that_read += ("warm_start",)
+  rooms_that_read = ("build", "loop", "reward_training", "run", "problems", "commands")
+  rooms_that_read += ("sft",)
   read = {
     node.attr
     for name in (*rooms_that_read, "__main__")

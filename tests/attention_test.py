@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opo_jax import build, models, sampler, sharding, trainer
+from opo_jax import build, models, sampler
+from opo_jax import learner as trainer
 from opo_jax.config import Config, Model
+from opo_jax.devices import sharding
 from opo_jax.models import attention as attention_room
 from opo_jax.models import flash
 from opo_jax.models.attention import Keys, attention, choose_backend

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLAGS = (
-  *("--steps=3", "--warm-start.steps=3", "--warm-start.batch-size=16"),
+  *("--steps=3", "--sft.steps=3", "--sft.batch-size=16"),
   *("--rollout.prompts-per-step=8", "--rollout.group-size=4", "--checkpoint.every=1"),
   *("--eval.problems=8", "--eval.samples=2", "--eval.every=2"),
   # Pieces of the reward that each process measures on its own responses.

@@ -15,7 +15,8 @@ import optax
 import pytest
 from flax import nnx
 
-from opo_jax import advantages, diversity, evaluation, logprobs, losses
+from opo_jax import advantages, evaluation, logprobs, losses
+from opo_jax.evaluation import diversity
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from opo_jax import environment
+from opo_jax.devices import environment
 
 
 def python(code, **variables):

@@ -11,11 +11,11 @@ import pytest
 from experiments import gsm8k_smoke
 from experiments.quickstart import get_config
 from opo_jax import __main__ as command_line
-from opo_jax.checkpoint import Checkpoints, fingerprint
 from opo_jax.config import Eval, from_dict, to_dict
 from opo_jax.data import arithmetic, sources
-from opo_jax.evaluation import pass_rates, read_responses, summarise
+from opo_jax.evaluation.statistics import pass_rates, read_responses, summarise
 from opo_jax.run import Run
+from opo_jax.storage.checkpoint import Checkpoints, fingerprint
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -36,7 +36,7 @@ def run(tmp_path_factory):
   base = get_config()
   config = dataclasses.replace(
     base,
-    warm_start=dataclasses.replace(base.warm_start, steps=0),
+    sft=dataclasses.replace(base.sft, steps=0),
     rollout=dataclasses.replace(base.rollout, max_new_tokens=12),
     eval=Eval(problems=4, samples=2),
   )
@@ -232,7 +232,7 @@ def test_training_takes_the_problems_whose_pass_rates_eval_has_measured(
   trained = tmp_path / "trained"
   command = [
     "train", "quickstart", "--run", trained, *flags, "--steps=1",
-    "--eval.problems=1", "--warm-start.steps=0", "--rollout.max-new-tokens=12",
+    "--eval.problems=1", "--sft.steps=0", "--rollout.max-new-tokens=12",
     "--rollout.prompts-per-step=32", "--rollout.group-size=2", "--record.samples=64",
     "--record.kl-rollouts=0", "--data.pass-rate-file", rates,
     "--data.min-pass-rate=0.4", "--data.max-pass-rate=0.6",

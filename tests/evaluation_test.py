@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opo_jax import diversity
-from opo_jax.evaluation import (
+from opo_jax.evaluation import diversity
+from opo_jax.evaluation.statistics import (
   KS,
   Response,
   bootstrap_interval,

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from opo_jax import hlo, sharding
+from opo_jax.devices import sharding
+from opo_jax.planning import hlo
 
 
 def compiled_text(function, *args):

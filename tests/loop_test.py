@@ -31,8 +31,8 @@ pytestmark = pytest.mark.usefixtures("kept_programs")
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [
   "--steps=4",
-  "--warm-start.steps=3",
-  "--warm-start.batch-size=16",
+  "--sft.steps=3",
+  "--sft.batch-size=16",
   "--rollout.prompts-per-step=8",
   "--rollout.group-size=4",
   "--eval.problems=8",
@@ -49,7 +49,7 @@ def small_config(**changes):
   config = dataclasses.replace(
     base,
     steps=4,
-    warm_start=dataclasses.replace(base.warm_start, steps=3, batch_size=16),
+    sft=dataclasses.replace(base.sft, steps=3, batch_size=16),
     rollout=Rollout(prompts_per_step=8, group_size=4),
     eval=Eval(every=2, problems=8, samples=2),
     checkpoint=Checkpoint(every=2),
@@ -99,7 +99,7 @@ def run(tmp_path_factory):
 def test_a_run_leaves_all_its_files(run):
   names = {path.name for path in run.iterdir()}
   assert names >= {
-    "config.json", "run.json", "metrics.jsonl", "samples.jsonl", "warm_start.jsonl",
+    "config.json", "run.json", "metrics.jsonl", "samples.jsonl", "sft.jsonl",
     "checkpoints", "start", "tensorboard", "report.html", "figures",
   }  # fmt: skip
   assert list((run / "tensorboard").iterdir())
@@ -237,9 +237,7 @@ def test_what_goes_wrong_while_a_step_is_written_stops_the_run(tmp_path, monkeyp
   monkeypatch.setattr(loop.Record, "samples", fail)
   monkeypatch.setattr(Run, "save", save)
   base = small_config(checkpoint=Checkpoint(every=1), eval=Eval(0, problems=1))
-  config = dataclasses.replace(
-    base, warm_start=dataclasses.replace(base.warm_start, steps=0)
-  )
+  config = dataclasses.replace(base, sft=dataclasses.replace(base.sft, steps=0))
   with pytest.raises(OSError, match="disk full"):
     loop.train(config, tmp_path / "run")
 
@@ -311,7 +309,7 @@ def test_exported_policy_is_the_trained_one(run, tmp_path):
 
 def test_a_run_can_start_from_an_exported_policy(run, tmp_path):
   assert run_command("export", run, tmp_path / "out") == 0
-  start = [*SMALL, "--warm-start.steps=0", "--steps=1", f"--model.path={tmp_path}/out"]
+  start = [*SMALL, "--sft.steps=0", "--steps=1", f"--model.path={tmp_path}/out"]
   directory = tmp_path / "next"
   assert run_command("train", "quickstart", "--run", directory, *start) == 0
   first, last = lines(directory / "metrics.jsonl")[0], lines(run / "metrics.jsonl")[-1]
@@ -331,7 +329,7 @@ def test_a_run_can_start_from_an_exported_policy(run, tmp_path):
     (["quickstart", "--rollout.max-prompt-tokens=8"], "--rollout.max-prompt-tokens"),
     (["quickstart", "--data.tokenizer=nowhere/at-all"], "--data.tokenizer"),
     (["quickstart", "--eval.benchmarks=gsm9k"], "gsm8k"),
-    (["quickstart", "--data.train=gsm8k"], "--warm-start.steps 0"),
+    (["quickstart", "--data.train=gsm8k"], "--sft.steps 0"),
     (["quickstart", "--model.vocab-size=4"], "--model.vocab-size"),
     (["quickstart", "--model.path=nowhere/at-all"], "--model.path"),
     (["quickstart", "--rollout.temperature=0"], "--rollout.temperature"),
@@ -387,7 +385,7 @@ def test_the_logged_learning_rate_is_the_one_of_the_step(tmp_path):
   base = small_config()
   config = dataclasses.replace(
     base,
-    warm_start=dataclasses.replace(base.warm_start, steps=0),
+    sft=dataclasses.replace(base.sft, steps=0),
     algorithm=dataclasses.replace(base.algorithm, loss="ppo_clip", updates_per_batch=2),
     optimizer=dataclasses.replace(
       base.optimizer, schedule="linear", learning_rate=0.008

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opo_jax import build, memory, sharding
-from opo_jax.checkpoint import Checkpoints
+from opo_jax import build
 from opo_jax.config import Algorithm, Config, Model, Optimizer, Rollout
-from opo_jax.memory import Memory
+from opo_jax.devices import memory, sharding
+from opo_jax.devices.memory import Memory
 from opo_jax.run import Run
+from opo_jax.storage.checkpoint import Checkpoints
 
 CONFIG = Config(
   model=Model(width=32, mlp_width=48, num_layers=1, num_heads=2, head_dim=16),
@@ -40,7 +41,7 @@ def kinds(tree):
 
 
 def imitated(parts, steps=2):
-  state = parts.start_warm(parts.init())
+  state = parts.start_sft(parts.init())
   states = [state.opt_state]
   for _ in range(steps):
     state, metrics, _ = parts.imitate(state, *demonstrations())
@@ -90,7 +91,7 @@ def test_the_program_whose_memory_is_told_is_the_one_that_runs():
       compiled.append(labels["fun_name"])
 
   made = parts()
-  state, batch = made.start_warm(made.init()), demonstrations()
+  state, batch = made.start_sft(made.init()), demonstrations()
   jax.monitoring.register_event_duration_secs_listener(listen)
   told = memory.of(made.imitate.memory(state, *batch))
   state, *_ = made.imitate(state, *batch)

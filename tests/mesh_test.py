@@ -8,8 +8,9 @@ import jax
 import pytest
 
 from experiments.quickstart import get_config
-from opo_jax import loop, sharding
-from opo_jax.config import Eval, Mesh, Record, Rollout, WarmStart
+from opo_jax import loop
+from opo_jax.config import Eval, Mesh, Record, Rollout, Sft
+from opo_jax.devices import sharding
 
 ROWS = 32
 
@@ -27,7 +28,7 @@ def run_on(mesh, directory, monkeypatch):
       num_heads=14, num_kv_heads=2, head_dim=4, initializer_range=0.3,
     ),
     mesh=Mesh(data, fsdp, tensor),
-    warm_start=WarmStart(steps=0),
+    sft=Sft(steps=0),
     optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-3),
     # A random policy is never right, but it repeats itself more or less.
     reward=dataclasses.replace(base.reward, repetition_weight=0.5, repetition_ngram=1),
@@ -74,7 +75,7 @@ def test_metrics_and_rollouts_are_those_of_one_device(
     for name, value in expected.items():
       if name.startswith(("time/", "throughput/")):
         continue
-      if name in ("update/tokens", "update/fill"):
+      if name in ("update/tokens", "update/packing_efficiency"):
         continue  # rows are filled up to the devices
       # float32 in another order, and Adam's steps on it.
       assert row[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (row["step"], name)

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opo_jax import metrics
-from opo_jax.metrics import JsonLines, Timers, check_finite, describe_responses
+from opo_jax.storage import metrics
+from opo_jax.storage.metrics import JsonLines, Timers, check_finite, describe_responses
 
 
 def written(path):

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from opo_jax import build, models, sampler, sharding, trainer
+from opo_jax import build, models, sampler
+from opo_jax import learner as trainer
 from opo_jax.config import Config, Mesh, Model, Optimizer
+from opo_jax.devices import sharding
 from opo_jax.models import hf, transformer
 from opo_jax.models.attention import Keys, attention
 from opo_jax.models.card import model_card

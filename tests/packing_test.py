@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opo_jax.packing import plan
+from opo_jax.learner.packing import plan
 
 P, T = 6, 16
 

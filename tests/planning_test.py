@@ -22,7 +22,11 @@ from experiments import (
   quickstart,
 )
 from opo_jax import __main__ as command_line
-from opo_jax import build, decoding, hlo, planning, sampler, sharding
+from opo_jax import build, sampler
+from opo_jax.devices import sharding
+from opo_jax.planning import hlo
+from opo_jax.planning import plan as planning
+from opo_jax.sampler import decoding
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,

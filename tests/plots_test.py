@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from opo_jax import plots, report
+from opo_jax.reports import plots, report
 
 # What every step measures: value before training, its change by the end, noise.
 CURVES = {
@@ -94,7 +94,7 @@ def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
   again = {"command": "train again", "started": "10:15", "commit": None, "dirty": None}
   (run_dir / "run.json").write_text(json.dumps(run | {"starts": [run, again]}))
   warm = [{"step": i, "loss": 3 / i, "time/step_s": 0.3} for i in range(1, 81)]
-  write_lines(run_dir / "warm_start.jsonl", warm)
+  write_lines(run_dir / "sft.jsonl", warm)
   samples = [
     {"step": step, "response": EVIL, "reward": float(right), "finished": right}
     for step in (1, 40, 50, 60, 80, 90, 110)
@@ -117,7 +117,7 @@ def without_pictures(run_dir: Path) -> str:
 
 def test_report_of_a_full_run_has_every_figure(full_run):
   names = {chart.name for chart in plots.CHARTS}
-  assert figure_names(full_run) == names and {"pass_at_k", "warm_start"} < names
+  assert figure_names(full_run) == names and {"pass_at_k", "sft"} < names
   page = without_pictures(full_run)
   assert page.count("<figure") == page.count("PICTURE") == 11
 

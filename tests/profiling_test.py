@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from opo_jax.metrics import Timers
-from opo_jax.profiling import Profiler
+from opo_jax.devices.profiling import Profiler
+from opo_jax.storage.metrics import Timers
 
 
 @jax.jit

@@ -15,7 +15,7 @@ import pytest
 
 from experiments.quickstart import get_config
 from opo_jax.__main__ import main
-from opo_jax.config import Data, Eval, Rollout, WarmStart
+from opo_jax.config import Data, Eval, Rollout, Sft
 from opo_jax.data import arithmetic, prompts
 from opo_jax.data.prompts import Problem
 from opo_jax.run import Run
@@ -325,8 +325,10 @@ def test_a_run_trains_on_what_its_filters_leave(tmp_path, monkeypatch):
     }
   mixed = dataclasses.replace(
     get_config(),
-    warm_start=WarmStart(steps=0),
-    data=Data(train=f"arithmetic:3 jsonl:{own}:1", held_apart=f"jsonl:{test}"),
+    sft=Sft(steps=0),
+    data=Data(
+      train=f"arithmetic:3 jsonl:{own}:1", decontaminate_against=f"jsonl:{test}"
+    ),
   )
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
   with Run(mixed, tmp_path / "run") as run:
@@ -334,7 +336,7 @@ def test_a_run_trains_on_what_its_filters_leave(tmp_path, monkeypatch):
       "arithmetic",
       f"jsonl:{own}",
     ]
-    assert run.problems.left_out == {f"jsonl:{own}/train": {"held_apart": 1}}
+    assert run.problems.left_out == {f"jsonl:{own}/train": {"decontaminate_against": 1}}
     assert [each.id[:3] for each in run.problems.stream(0).take(8)].count("own") == 2
 
 

@@ -14,18 +14,22 @@ from safetensors.numpy import load_file, save_file
 
 from experiments.alignment_quickstart import get_config
 from opo_jax import __main__ as command_line
-from opo_jax import build, judging, loop, metrics, models, reward_loop, sharding
-from opo_jax.checkpoint import fingerprint
+from opo_jax import build, loop, models
+from opo_jax import reward_training as reward_training
 from opo_jax.config import Checkpoint, Config, Eval, Record, Reward, Rollout
 from opo_jax.data import arithmetic, preferences
 from opo_jax.data.preferences import Pair, true_score
-from opo_jax.evaluation import Response
+from opo_jax.devices import sharding
+from opo_jax.evaluation import graded as judging
+from opo_jax.evaluation.statistics import Response
+from opo_jax.learner.update import TrainState
 from opo_jax.models import ModelConfig, Policy
 from opo_jax.rewards import reward_model
 from opo_jax.rewards.reward_model import RewardModel, bradley_terry
 from opo_jax.rollouts import prompt_columns
 from opo_jax.run import Run
-from opo_jax.trainer import TrainState
+from opo_jax.storage import metrics
+from opo_jax.storage.checkpoint import fingerprint
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -440,8 +444,8 @@ def test_scores_beyond_zero_and_one_are_not_counted_as_right_or_wrong():
 
 SMALL = [
   "--steps=2",
-  "--warm-start.steps=2",
-  "--warm-start.batch-size=16",
+  "--sft.steps=2",
+  "--sft.batch-size=16",
   "--rollout.prompts-per-step=8",
   "--rollout.group-size=2",
   "--eval.problems=8",
@@ -465,7 +469,7 @@ def small_config(**changes) -> Config:
     base,
     steps=2,
     model=dataclasses.replace(base.model, width=32, mlp_width=48, head_dim=8),
-    warm_start=dataclasses.replace(base.warm_start, steps=2, batch_size=16),
+    sft=dataclasses.replace(base.sft, steps=2, batch_size=16),
     reward_model=dataclasses.replace(
       base.reward_model, steps=4, batch_size=16, num_pairs=48
     ),
@@ -548,9 +552,9 @@ def test_a_broken_and_resumed_reward_model_equals_an_unbroken_one(
   with monkeypatch.context() as patch:
     patch.setattr(metrics.JsonLines, "write", break_down)
     with pytest.raises(KeyboardInterrupt):
-      reward_loop.train(small_config(), tmp_path / "run")
+      reward_training.train(small_config(), tmp_path / "run")
   assert not (tmp_path / "run" / "reward_model" / "model").exists()
-  model = reward_loop.train(small_config(), tmp_path / "run")
+  model = reward_training.train(small_config(), tmp_path / "run")
   resumed, unbroken = (
     timeless(lines(run / "reward_model" / "metrics.jsonl"))
     for run in (tmp_path / "run", trained)
@@ -618,7 +622,7 @@ def test_settings_of_a_reward_model_that_cannot_work_are_refused_at_once(tmp_pat
     with pytest.raises(ValueError, match=message):
       loop.train(config, tmp_path / "run")
   with pytest.raises(ValueError, match="names a reward model already"):
-    reward_loop.train(using(tmp_path), tmp_path / "run")
+    reward_training.train(using(tmp_path), tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
 
@@ -699,7 +703,7 @@ def test_a_finished_run_is_evaluated_by_scores_and_wins(trained, tmp_path, capsy
 
 
 def test_several_processes_are_refused_in_one_line(tmp_path, monkeypatch):
-  monkeypatch.setattr(sharding, "is_alone", lambda: False)
+  monkeypatch.setattr(sharding, "is_single_process", lambda: False)
   with pytest.raises(ValueError, match="scores in one process"):
     Run(small_config(), tmp_path / "run")
 
@@ -715,7 +719,7 @@ def test_pairs_of_a_file_train_a_reward_model_without_a_truth(tmp_path):
   settings = dataclasses.replace(
     base.reward_model, pairs=jsonl(tmp_path, rows), num_pairs=0
   )
-  reward_loop.train(small_config(reward_model=settings), tmp_path / "run")
+  reward_training.train(small_config(reward_model=settings), tmp_path / "run")
   last = lines(tmp_path / "run" / "reward_model" / "metrics.jsonl")[-1]
   assert "eval/pairs/accuracy" in last and "eval/pairs/true_accuracy" not in last
 
@@ -723,7 +727,7 @@ def test_pairs_of_a_file_train_a_reward_model_without_a_truth(tmp_path):
 def test_answers_become_rows_in_the_order_of_their_pairs(trained):
   pairs = preferences.load_pairs("preferences", "test")[:4]
   with Run(small_config(), trained) as run:
-    rollouts = reward_loop.as_rollouts(run, pairs)
+    rollouts = reward_training.as_rollouts(run, pairs)
     tokens, lengths = np.asarray(rollouts.tokens), np.asarray(rollouts.lengths)
     texts = [
       run.tokenizer.decode(row[:n], skip_special_tokens=True)

@@ -10,11 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opo_jax import decoding, distribution, hlo, sampler, sharding
+from opo_jax import sampler
+from opo_jax.devices import sharding
+from opo_jax.learner.update import response_logprobs
 from opo_jax.models import ModelConfig, Policy
+from opo_jax.planning import hlo
 from opo_jax.rollouts import select
-from opo_jax.sampler import bucket, generate
-from opo_jax.trainer import response_logprobs
+from opo_jax.sampler import decoding
+from opo_jax.sampler import tokens as distribution
+from opo_jax.sampler.engine import bucket, generate
 
 CONFIG = ModelConfig(
   vocab_size=24,

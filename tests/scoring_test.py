@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from opo_jax.rewards import RewardPool
-from opo_jax.scoring import Answer, Scoring
+from opo_jax.scorer import Answer, Scoring
 
 LENGTHS = np.array([2, 1, 3, 1, 2, 3, 1])
 BATCH = SimpleNamespace(

@@ -7,7 +7,7 @@ import pytest
 
 from opo_jax.__main__ import main
 from opo_jax.commands import compare_data
-from opo_jax.data import dedup, selection
+from opo_jax.data import decontaminate, selection
 from opo_jax.data.prompts import Problem
 
 PROBLEMS = [Problem(f"s/{i}", f"q{i}", "1") for i in range(6)]
@@ -94,16 +94,19 @@ def test_exact_and_near_repetitions_are_found_and_others_are_not():
     Problem("d", "Compute $\\sin 30^\\circ$.", ""),
     Problem("e", "Tom has 3 apples. What is the probability that both are red?", ""),
   ]
-  matches = dedup.find(train, TEST)
+  matches = decontaminate.find(train, TEST)
   assert [(m.train.id, m.held_out.id, m.exact) for m in matches] == [
     *(("a", "t/0", True), ("b", "t/0", False), ("c", "t/1", True))
   ]
-  assert dedup.THRESHOLD <= matches[1].overlap < 1
-  assert ids(m.train for m in dedup.find(train, TEST, threshold=1.0)) == ["a", "c"]
-  assert dedup.find(train, []) == dedup.find([], TEST) == []
+  assert decontaminate.THRESHOLD <= matches[1].overlap < 1
+  assert ids(m.train for m in decontaminate.find(train, TEST, threshold=1.0)) == [
+    "a",
+    "c",
+  ]
+  assert decontaminate.find(train, []) == decontaminate.find([], TEST) == []
   for wrong in ({"ngram": 0}, {"threshold": 0.0}, {"threshold": 1.1}):
     with pytest.raises(ValueError, match="threshold above 0"):
-      dedup.find(train, TEST, **wrong)
+      decontaminate.find(train, TEST, **wrong)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +123,7 @@ def test_exact_and_near_repetitions_are_found_and_others_are_not():
   ],
 )
 def test_questions_of_other_words_or_operators_are_no_repetitions(question, other):
-  assert not dedup.find([Problem("a", other, "")], [Problem("t", question, "")])
+  assert not decontaminate.find([Problem("a", other, "")], [Problem("t", question, "")])
 
 
 def test_repetitions_are_found_in_other_scripts_too():
@@ -129,13 +132,17 @@ def test_repetitions_are_found_in_other_scripts_too():
   near = "星期天, " + asked.replace("一共还有", "问还剩")
   train = [Problem("a", again, ""), Problem("b", near, ""), Problem("c", "É = 2", "")]
   test = [Problem("t", asked, ""), Problem("u", "e\u0301 = 2", "")]
-  found = [(m.train.id, m.held_out.id, m.exact) for m in dedup.find(train, test)]
+  found = [
+    (m.train.id, m.held_out.id, m.exact) for m in decontaminate.find(train, test)
+  ]
   assert found == [("a", "t", True), ("b", "t", False), ("c", "u", True)]
 
 
 def test_the_report_counts_and_shows_what_to_look_at():
   train = [Problem("a", TEST[0].question, ""), Problem("b", TEST[0].question[6:], "")]
-  text = dedup.report({"mine in t": dedup.find(train, TEST)}, {"mine in t": 2})
+  text = decontaminate.report(
+    {"mine in t": decontaminate.find(train, TEST)}, {"mine in t": 2}
+  )
   assert text.splitlines()[1].split() == ["mine", "in", "t", "2", "1", "1"]
   assert text.splitlines()[2].startswith("b is 100% in t/0: 'has 12 red")
 

@@ -16,8 +16,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from opo_jax import __main__ as command_line
-from opo_jax import sharding
 from opo_jax.data.stream import ProblemStream
+from opo_jax.devices import distributed, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -49,8 +49,10 @@ def test_rules_know_the_axes_of_the_mesh():
 
 def test_one_process_takes_care_of_everything():
   mesh = sharding.make_mesh(2, 2, 2)
-  assert sharding.own_share(mesh, 5).tolist() == [0, 1, 2, 3, 4]
-  np.testing.assert_array_equal(sharding.exchange(np.arange(5), mesh, 5), np.arange(5))
+  assert distributed.local_indices(mesh, 5).tolist() == [0, 1, 2, 3, 4]
+  np.testing.assert_array_equal(
+    distributed.all_gather(np.arange(5), mesh, 5), np.arange(5)
+  )
 
 
 @pytest.mark.parametrize(
@@ -59,13 +61,13 @@ def test_one_process_takes_care_of_everything():
 )
 def test_half_a_start_by_hand_is_refused(given):
   with pytest.raises(ValueError, match="give all of --distributed"):
-    sharding.start_processes(*given)
+    distributed.start_processes(*given)
 
 
 def test_a_machine_on_its_own_joins_nobody(monkeypatch):
   for name in ("SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES"):
     monkeypatch.delenv(name, raising=False)
-  sharding.start_processes()
+  distributed.start_processes()
   assert jax.process_count() == 1
 
 
@@ -83,7 +85,7 @@ def test_clusters_are_known_by_their_variables(monkeypatch, variables, cluster):
     monkeypatch.delenv(name, raising=False)
   for name, value in variables.items():
     monkeypatch.setenv(name, value)
-  assert sharding._cluster() == cluster
+  assert distributed._cluster() == cluster
 
 
 @pytest.mark.parametrize("command", ["eval", "sample", "reward-model", "variance"])
@@ -118,7 +120,7 @@ def test_a_task_that_has_a_node_alone_takes_all_its_gpus(
   monkeypatch.setenv("SLURM_STEP_NUM_NODES", nodes)
   if gpus:
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", gpus)
-  sharding.start_processes()
+  distributed.start_processes()
   (how,) = joined
   assert how.pop("heartbeat_timeout_seconds") < how.pop("initialization_timeout")
   assert how == taken
@@ -143,7 +145,7 @@ def test_several_processes_keep_programs_where_all_find_the_same(
   try:
     for name, value in zip(names, (True, directory), strict=True):
       jax.config.update(name, value)
-    sharding._compile_alike()
+    distributed._compile_alike()
     assert jax.config.jax_enable_compilation_cache == kept
   finally:
     for name, value in before.items():
@@ -206,25 +208,25 @@ EXCHANGE = """
   import sys
   import jax, numpy as np
   from opo_jax import sharding
-  sharding.start_processes(sys.argv[1], {processes}, int(sys.argv[2]))
+  distributed.start_processes(sys.argv[1], {processes}, int(sys.argv[2]))
   mesh = sharding.make_mesh(*{mesh})
   for count in (16, 5):
-    own = sharding.own_share(mesh, count)
+    own = distributed.local_indices(mesh, count)
     print("own", own.tolist())
     values = np.stack([own * 10 + 2**40, own], axis=1)  # 64 bits must survive
-    print("all", (sharding.exchange(values, mesh, count)[:, 0] - 2**40).tolist())
+    print("all", (distributed.all_gather(values, mesh, count)[:, 0] - 2**40).tolist())
   lists = [list(range(i)) for i in range(5)]
-  share = sharding.own_share(mesh, 5)
-  assert sharding.exchange_lists([lists[i] for i in share], mesh, 5) == lists
-  share = sharding.own_share(None, 5)
+  share = distributed.local_indices(mesh, 5)
+  assert distributed.all_gather_lists([lists[i] for i in share], mesh, 5) == lists
+  share = distributed.local_indices(None, 5)
   assert share.tolist() == ([0, 1, 2], [3, 4])[jax.process_index()]
-  assert (sharding.exchange(share, None, 5) == range(5)).all()
+  assert (distributed.all_gather(share, None, 5) == range(5)).all()
   array = sharding.put(np.arange(32).reshape(16, 2), mesh, "batch", None)
   total = jax.jit(lambda x: x.sum(0))(array)
-  print("sum", sharding.everywhere(total, mesh).tolist())
-  whole = sharding.everywhere(array, mesh)
+  print("sum", distributed.to_host_replicated(total, mesh).tolist())
+  whole = distributed.to_host_replicated(array, mesh)
   assert whole.shape == (16, 2) and (whole == np.arange(32).reshape(16, 2)).all()
-  print("first", sharding.is_first_process())
+  print("first", distributed.is_first_process())
 """
 
 
@@ -258,11 +260,11 @@ FAILURE = """
   def fail(known, flags):
     raise KeyError("the disk is full")
 
-  sharding.start_processes(sys.argv[1], 2, int(sys.argv[2]))
+  distributed.start_processes(sys.argv[1], 2, int(sys.argv[2]))
   if sys.argv[2] == "1":
     command_line.COMMANDS["train"] = fail
     command_line.main(["train", "quickstart"])
-  sharding.wait_for_all("a place where the other never comes")
+  distributed.barrier("a place where the other never comes")
 """
 
 
@@ -282,8 +284,8 @@ def test_a_process_whose_others_never_come_says_so_and_ends():
   code = """
   import sys
   from opo_jax import sharding
-  sharding._JOIN_S = 3
-  sharding.start_processes(sys.argv[1], 2, int(sys.argv[2]))
+  distributed._JOIN_S = 3
+  distributed.start_processes(sys.argv[1], 2, int(sys.argv[2]))
   print("alone")
 """
   (process,) = start_processes(code, 1, 1)
@@ -307,14 +309,14 @@ OWN_PROMPTS = """
       return super().__getitem__(place)
 
   read = []
-  sharding.start_processes(sys.argv[1], 2, int(sys.argv[2]))
+  distributed.start_processes(sys.argv[1], 2, int(sys.argv[2]))
   mesh = sharding.make_mesh(1, -1, 1)
   run = SimpleNamespace(parts=SimpleNamespace(mesh=mesh))
   run.encode = lambda problems: [[problem] * (1 + problem % 3) for problem in problems]
   asked = ProblemStream(Problems(range(12)), seed=0).take(8)
   own = Run.encode_own(run, asked)
   print(read)
-  print(sharding.exchange_lists(own, mesh, 8))
+  print(distributed.all_gather_lists(own, mesh, 8))
   import jax
   assert not jax.config.jax_enable_compilation_cache  # nothing read, nothing compiled
 """

@@ -11,11 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from opo_jax import build, config, losses, sharding, trainer
+from opo_jax import build, config, losses
+from opo_jax import learner as trainer
 from opo_jax.advantages import ESTIMATORS
+from opo_jax.devices import sharding
 from opo_jax.models import ModelConfig, Policy
 from opo_jax.rollouts import Rollouts
-from opo_jax.sampler import generate
+from opo_jax.sampler.engine import generate
 
 CONFIG = ModelConfig(
   vocab_size=32,
@@ -185,7 +187,7 @@ def test_packed_and_pruned_equals_plain_for_every_loss(aggregation, objective):
     packed = dataclasses.replace(plain, micro_batch_tokens=150, **changes)
     other, measured = bigram_step(packed)
     assert_same(other, gradient)
-    assert measured["update/pruned_fraction"] >= 4 / 32
+    assert measured["update/skipped_rollouts_fraction"] >= 4 / 32
     assert measured["update/tokens"] < 0.7 * metrics["update/tokens"]
     for name in ("loss", "grad_norm", "baseline/opo_minus_mean"):
       assert measured[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-6), name
@@ -251,7 +253,10 @@ def test_a_step_without_signal_moves_as_an_unpruned_one_and_measures_the_gap():
   for a, b in zip(jax.tree.leaves(pruned), jax.tree.leaves(plain), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
   assert metrics["grad_norm"] == 0 and metrics["loss"] == 0
-  assert metrics["update/pruned_fraction"] == 1 and metrics["update/fill"] == 0
+  assert (
+    metrics["update/skipped_rollouts_fraction"] == 1
+    and metrics["update/packing_efficiency"] == 0
+  )
   assert metrics["onpolicy/logprob_diff_max"] > 1e-4  # of the one that was computed
   assert metrics["update/tokens"] < 100
 
@@ -435,7 +440,7 @@ def test_gradient_does_not_depend_on_the_mesh(sizes, reference):
   gradient, metrics, _ = step(mesh=sharding.make_mesh(*sizes))
   assert_same(gradient, reference[0], 1e-5)
   for name, value in reference[1].items():
-    if name in ("update/tokens", "update/fill"):
+    if name in ("update/tokens", "update/packing_efficiency"):
       continue  # rows are filled up to the devices
     # The gap to the sampler is rounding itself, some 3e-6.
     assert metrics[name] == pytest.approx(value, rel=1e-4, abs=5e-6), name

@@ -15,14 +15,15 @@ import pytest
 from experiments.quickstart import get_config
 from opo_jax import __main__ as command_line
 from opo_jax import advantages as adv
-from opo_jax import sharding, variance
-from opo_jax.checkpoint import Checkpoints
+from opo_jax import variance
 from opo_jax.data import sources
+from opo_jax.devices import sharding
+from opo_jax.learner.update import response_logprobs
 from opo_jax.models import ModelConfig, Policy
 from opo_jax.rollouts import select
 from opo_jax.run import VERIFIERS, Run
-from opo_jax.sampler import generate
-from opo_jax.trainer import response_logprobs
+from opo_jax.sampler.engine import generate
+from opo_jax.storage.checkpoint import Checkpoints
 
 CONFIG = ModelConfig(
   vocab_size=32,
@@ -403,7 +404,7 @@ def run(tmp_path_factory):
   config = dataclasses.replace(
     base,
     model=dataclasses.replace(base.model, width=16, mlp_width=32, num_layers=1),
-    warm_start=dataclasses.replace(base.warm_start, steps=0),
+    sft=dataclasses.replace(base.sft, steps=0),
   )
   with Run(config, directory) as run:
     run.write_head()

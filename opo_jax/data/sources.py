@@ -19,7 +19,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from opo_jax.data import arithmetic, builders, dedup, preferences
+from opo_jax.data import arithmetic, builders, decontaminate, preferences
 from opo_jax.data.prompts import Problem
 from opo_jax.data.stream import MixtureStream, ProblemStream
 from opo_jax.rewards.answers import boxed
@@ -363,13 +363,13 @@ def _parse(name: str, split: str) -> list[Problem]:
   seen = set()
   if source.without:
     tests = _parse(source.without, "test")
-    seen = {"".join(dedup.words(each.question)) for each in tests}
+    seen = {"".join(decontaminate.words(each.question)) for each in tests}
   problems = []
   for file in source.splits[split]:
     for row, problem in _parsed(_read(file), file.local, source.row, source.example):
       question, answer = problem
       if not source.is_clean:
-        key = "".join(dedup.words(question))
+        key = "".join(decontaminate.words(question))
         if not answer or (key and key in seen):
           continue
         seen.add(key)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from opo_jax import sharding
+from opo_jax.devices import sharding
 
 
 def attend(

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from opo_jax import sharding
+from opo_jax.devices import sharding
 from opo_jax.models import lora
 from opo_jax.models.config import ModelConfig
 from opo_jax.models.config_json import (

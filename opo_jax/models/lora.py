@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from opo_jax import sharding
+from opo_jax.devices import sharding
 from opo_jax.models.transformer import Linear, Policy
 
 # Our linear layers: where in a block each lies, and what PEFT calls it.

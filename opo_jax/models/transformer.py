@@ -19,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
-from opo_jax import sharding
+from opo_jax.devices import sharding
 from opo_jax.models.attention import Keys, attention, choose_backend
 from opo_jax.models.config import ModelConfig
 from opo_jax.models.rope import rotary, rotate

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from opo_jax import sharding
+from opo_jax.devices import sharding
 from opo_jax.models.config import ModelConfig
 from opo_jax.models.config_json import read_config
 from opo_jax.models.hf import abstract_policy, read_weights

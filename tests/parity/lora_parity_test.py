@@ -66,7 +66,7 @@ def test_peft_and_merged_exports_compute_what_the_policy_does(name, targets, tmp
 def test_a_runs_adapter_finds_its_base_and_says_what_the_merged_export_says(tmp_path):
   run = tmp_path / "run"
   flags = (
-    "--steps 1 --warm-start.steps 2 --rollout.prompts-per-step 8 --rollout.group-size 2"
+    "--steps 1 --sft.steps 2 --rollout.prompts-per-step 8 --rollout.group-size 2"
     " --eval.problems 8 --eval.samples 1 --model.width 32 --model.mlp-width 48"
   )
   assert main(["train", "lora_quickstart", "--run", str(run), *flags.split()]) == 0

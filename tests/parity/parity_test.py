@@ -118,7 +118,7 @@ def test_fresh_weights_are_drawn_as_transformers_draws_them(name, tmp_path):
 def test_exported_run_says_in_transformers_what_it_says_here(tmp_path):
   run, out = tmp_path / "run", tmp_path / "out"
   flags = (
-    "--steps 1 --warm-start.steps 2 --rollout.prompts-per-step 8 --rollout.group-size 2"
+    "--steps 1 --sft.steps 2 --rollout.prompts-per-step 8 --rollout.group-size 2"
     " --eval.problems 8 --eval.samples 1 --model.width 32 --model.mlp-width 48"
     " --model.initializer-range 0.4"
   )

@@ -557,7 +557,7 @@ CHARTS = (
     _lines("tokens / s", ("throughput/tokens_per_s", "throughput", SKY)),
   ),
   Chart(
-    "warm_start",
+    "sft",
     "Before RL: supervised warm start",
     "Not RL: imitation of given answers before the first RL step, which makes the "
     "start model of the other figures. The loss should fall and level off.",

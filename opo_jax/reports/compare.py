@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from opo_jax import judging, plots
-from opo_jax.evaluation import (
+from opo_jax.evaluation import graded as judging
+from opo_jax.evaluation.statistics import (
   Column,
   bootstrap_interval,
   columns,
@@ -24,7 +24,8 @@ from opo_jax.evaluation import (
   per_problem,
   read_responses,
 )
-from opo_jax.report import write_page
+from opo_jax.reports import plots
+from opo_jax.reports.report import write_page
 
 # What is compared step by step: metric, title, digits, factor.
 CURVES = (

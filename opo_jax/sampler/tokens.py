@@ -17,7 +17,7 @@ _MAX_TENSOR = 16
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Distribution:
+class TokenSampling:
   """How logits become a distribution. New numbers compile nothing, new kinds do.
 
   Attributes:
@@ -47,8 +47,8 @@ def make(
   top_k: int = 0,
   top_p: float = 1.0,
   min_p: float = 0.0,
-) -> Distribution:
-  """A checked `Distribution`.
+) -> TokenSampling:
+  """A checked `TokenSampling`.
 
   Args:
     vocab_size: V.
@@ -68,7 +68,7 @@ def make(
   ):
     if not good:
       raise ValueError(f"{name}={value} is out of its range, {range_}.")
-  return Distribution(
+  return TokenSampling(
     temperature=jnp.float32(temperature or 1.0),
     top_k=jnp.int32(top_k),
     top_p=jnp.float32(top_p),
@@ -79,7 +79,7 @@ def make(
 
 
 def draw(
-  logits_SV: jax.Array, keys_S: jax.Array, distribution: Distribution
+  logits_SV: jax.Array, keys_S: jax.Array, distribution: TokenSampling
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """A token for each row.
 
@@ -158,7 +158,7 @@ def _invert(weights_SN, uniform_S):
   return index_S.astype(jnp.int32)
 
 
-def kept(scaled_SV: jax.Array, distribution: Distribution) -> jax.Array:
+def kept(scaled_SV: jax.Array, distribution: TokenSampling) -> jax.Array:
   """Which tokens top-k, then top-p, then min-p leave over: [S, V] bool.
 
   Args:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opo_jax.evaluation import Response, by_problem, means, of_texts
+from opo_jax.evaluation.statistics import Response, by_problem, means, of_texts
 
 
 def win_rate(scores: np.ndarray, against: np.ndarray) -> np.ndarray:

@@ -12,8 +12,8 @@ from opo_jax import build
 from opo_jax.config import Config
 from opo_jax.data import arithmetic, preferences
 from opo_jax.data.arithmetic import Demonstration
-from opo_jax.metrics import JsonLines, Timers, check_finite
 from opo_jax.rollouts import Rollouts
+from opo_jax.storage.metrics import JsonLines, Timers, check_finite
 
 DEMONSTRATIONS = {
   "arithmetic": arithmetic.demonstrations,
@@ -27,25 +27,25 @@ def check(config: Config) -> None:
   Raises:
     ValueError: with the data sets that have them.
   """
-  if config.warm_start.steps and config.data.train not in DEMONSTRATIONS:
+  if config.sft.steps and config.data.train not in DEMONSTRATIONS:
     raise ValueError(
       f"There are no demonstrations for {config.data.train!r} to warm-start from,"
-      f" only for {sorted(DEMONSTRATIONS)}; use --warm-start.steps 0."
+      f" only for {sorted(DEMONSTRATIONS)}; use --sft.steps 0."
     )
 
 
 def train(run: Any, policy: Any) -> Any:
-  """The policy after the warm start; `warm_start.jsonl` has its steps.
+  """The policy after the warm start; `sft.jsonl` has its steps.
 
   Args:
     run: a `run.Run`. Its directory gets the file.
     policy: where the warm start begins.
   """
-  settings = run.config.warm_start
+  settings = run.config.sft
   demonstrate = DEMONSTRATIONS[run.config.data.train]
-  state = run.parts.start_warm(policy)
+  state = run.parts.start_sft(policy)
   stream = run.problems.stream(run.seed("demonstration"))
-  path = run.directory / "warm_start.jsonl"
+  path = run.directory / "sft.jsonl"
   log = JsonLines(path, resume_at=None) if run.writes else None
   everything = jnp.ones(settings.batch_size)
   with run.terminal.progress("warm start", done=0, total=settings.steps) as advance:

@@ -20,7 +20,9 @@ import numpy as np
 import optax
 
 from opo_jax import advantages as adv
-from opo_jax import losses, packing, sharding
+from opo_jax import losses
+from opo_jax.devices import sharding
+from opo_jax.learner import packing
 from opo_jax.logprobs import TokenStats, linear_logprobs
 from opo_jax.models.attention import Keys
 from opo_jax.rollouts import Rollouts, Rows, prompt_columns, rows, select
@@ -30,7 +32,7 @@ from opo_jax.rollouts import Rollouts, Rows, prompt_columns, rows, select
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
-def policy_gradient(logprobs, sampled_logprobs, advantages, mask, **options):
+def policy_gradient(logprobs, sampling_logprobs, advantages, mask, **options):
   """`losses.policy_gradient` with the signature of an Objective.
 
   On-policy, the ratio to the sampled log-probs is 1, and it does not read them but to
@@ -38,16 +40,16 @@ def policy_gradient(logprobs, sampled_logprobs, advantages, mask, **options):
   """
   loss, _ = losses.policy_gradient(logprobs, advantages, mask, **options)
   _, aux = losses.ppo_clip(
-    jax.lax.stop_gradient(logprobs), sampled_logprobs, advantages, mask
+    jax.lax.stop_gradient(logprobs), sampling_logprobs, advantages, mask
   )
   return loss, aux
 
 
-def tis(logprobs, sampled_logprobs, advantages, mask, *, cap=2.0, **options):
+def tis(logprobs, sampling_logprobs, advantages, mask, *, cap=2.0, **options):
   """`policy_gradient`, each token weighed by its truncated importance."""
-  weights = losses.truncated_importance(logprobs, sampled_logprobs, mask, cap=cap)
+  weights = losses.truncated_importance(logprobs, sampling_logprobs, mask, cap=cap)
   return policy_gradient(
-    logprobs, sampled_logprobs, advantages, mask, importance_weights=weights, **options
+    logprobs, sampling_logprobs, advantages, mask, importance_weights=weights, **options
   )
 
 
@@ -575,8 +577,8 @@ def _plan_metrics(plan: packing.Plan) -> dict[str, float]:
     return {"update/tokens": 0}
   return {
     "update/tokens": plan.tokens,
-    "update/fill": plan.tokens_with_gradient / plan.tokens,
-    "update/pruned_fraction": plan.pruned / plan.counted,
+    "update/packing_efficiency": plan.tokens_with_gradient / plan.tokens,
+    "update/skipped_rollouts_fraction": plan.pruned / plan.counted,
   }
 
 

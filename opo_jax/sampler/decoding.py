@@ -26,11 +26,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opo_jax import sharding
-from opo_jax.distribution import Distribution, draw
+from opo_jax.devices import sharding
 from opo_jax.models.attention import Keys
 from opo_jax.models.transformer import Policy
 from opo_jax.rollouts import prompt_columns
+from opo_jax.sampler.tokens import TokenSampling, draw
 
 # The shortest ring of columns, and the fewest slots of a shard that are moved together.
 MIN_WIDTH, MIN_SLOTS = 64, 16
@@ -242,7 +242,7 @@ def decode(
   policy: Policy,
   prompts: Prompts,
   queue: Queue,
-  distribution: Distribution,
+  distribution: TokenSampling,
   steps: jax.Array,
   settings: Settings,
   in_groups: bool,
@@ -516,7 +516,7 @@ def _axes(policy, array, *, cache):
 
 def trace(
   policy: Policy,
-  distribution: Distribution,
+  distribution: TokenSampling,
   settings: Settings,
   *,
   num_prompts: int,

@@ -25,9 +25,12 @@ from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
-from opo_jax import build, decoding, hlo, sharding
+from opo_jax import build
 from opo_jax.config import Config, near_names
+from opo_jax.devices import sharding
 from opo_jax.models import ModelConfig
+from opo_jax.planning import hlo
+from opo_jax.sampler import decoding
 
 GIB = 2**30
 

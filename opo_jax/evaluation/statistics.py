@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from opo_jax import diversity
+from opo_jax.evaluation import diversity
 
 KS = (1, 2, 4, 8, 16, 32, 64)
 

@@ -39,7 +39,7 @@ def keep_compiled_programs() -> None:
   In the user's cache directory; its files may be deleted at any time. A program's key
   holds the version of XLA, its flags and the kind of device, a CPU's instructions among
   them, so that different machines can share a directory. `JAX_COMPILATION_CACHE_DIR`
-  names another one (a must for several processes, see `sharding.start_processes`),
+  names another one (a must for several processes, see `distributed.start_processes`),
   `JAX_ENABLE_COMPILATION_CACHE=0` switches it off. Where no file can be written, none
   is kept.
   """

@@ -15,16 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from opo_jax import models, sharding, warm_start
-from opo_jax.checkpoint import Checkpoints
+from opo_jax import models
+from opo_jax import sft as sft
 from opo_jax.config import Config
 from opo_jax.data import preferences, sources
 from opo_jax.data.preferences import Pair
-from opo_jax.evaluation import bootstrap_interval
-from opo_jax.metrics import JsonLines, TensorBoard, Timers, check_finite
+from opo_jax.devices import sharding
+from opo_jax.evaluation.statistics import bootstrap_interval
 from opo_jax.rewards import reward_model
 from opo_jax.rollouts import Rollouts
 from opo_jax.run import Run, check_directory
+from opo_jax.storage.checkpoint import Checkpoints
+from opo_jax.storage.metrics import JsonLines, TensorBoard, Timers, check_finite
 
 
 def train(config: Config, directory: pathlib.Path) -> pathlib.Path:
@@ -144,7 +146,7 @@ def fit(run: Run, start_policy: Any, pairs: dict[str, Sequence[Pair]]) -> pathli
 
 def as_rollouts(run: Run, pairs: Sequence[Pair]) -> Rollouts:
   """Rows as `PairUpdate` takes them: chosen, rejected, chosen, rejected, …"""
-  return warm_start.demonstrated(run, [answer for pair in pairs for answer in pair])
+  return sft.demonstrated(run, [answer for pair in pairs for answer in pair])
 
 
 def evaluate(run: Run, model: Any, pairs: Sequence[Pair]) -> dict[str, float]:

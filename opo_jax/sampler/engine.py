@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opo_jax import decoding, distribution, memory, sharding
-from opo_jax.decoding import Ended
+from opo_jax.devices import distributed, memory, sharding
 from opo_jax.models.transformer import Policy
 from opo_jax.rollouts import Rollouts
+from opo_jax.sampler import decoding
+from opo_jax.sampler import tokens as distribution
+from opo_jax.sampler.decoding import Ended
 
 # Between two looks at what has ended: tokens at least, and looks in the time that the
 # longest response takes. A look costs a fraction of a token's time.
@@ -523,7 +525,7 @@ def _slots_that_fit(config, mesh, max_new_tokens, cache_dtype, free=None) -> int
   slot = _slot_bytes(config, mesh, max_new_tokens, cache_dtype)
   if free is None:  # the least of all processes: their programs must be the same
     free = np.array([sharding.free_bytes(mesh)])
-    free = int(sharding.exchange(free, None, jax.process_count()).min())
+    free = int(distributed.all_gather(free, None, jax.process_count()).min())
   budget = free // 2
   if slot > budget:
     raise ValueError(

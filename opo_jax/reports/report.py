@@ -13,8 +13,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from opo_jax.evaluation import Column, columns
-from opo_jax.plots import (
+from opo_jax.evaluation.statistics import Column, columns
+from opo_jax.reports.plots import (
   CHARTS,
   GAP_BOUND,
   Row,
@@ -36,7 +36,7 @@ def report(run_dir: str | Path) -> Path:
   """Writes `figures/*.png` and the self-contained `report.html` of a run.
 
   Args:
-    run_dir: holds `metrics.jsonl`, and `config.json`, `run.json`, `warm_start.jsonl`
+    run_dir: holds `metrics.jsonl`, and `config.json`, `run.json`, `sft.jsonl`
       and `samples.jsonl` where they exist. The run may be unfinished: a last line
       that was cut off by a kill is ignored.
 
@@ -50,12 +50,12 @@ def report(run_dir: str | Path) -> Path:
   run_dir = Path(run_dir)
   rows = read_metrics(run_dir)
   config = read_json(run_dir / "config.json")
-  warm_start = read_lines(run_dir / "warm_start.jsonl")
+  sft = read_lines(run_dir / "sft.jsonl")
 
   figures = []
   (run_dir / "figures").mkdir(exist_ok=True)
   for chart in CHARTS:
-    image = render(chart, warm_start if chart.name == "warm_start" else rows)
+    image = render(chart, sft if chart.name == "sft" else rows)
     if image:
       (run_dir / "figures" / f"{chart.name}.png").write_bytes(image)
       figures.append((chart, base64.b64encode(image).decode("ascii")))
@@ -68,7 +68,7 @@ def report(run_dir: str | Path) -> Path:
     config=config,
     config_text=json.dumps(config, indent=2, ensure_ascii=False),
     run=read_json(run_dir / "run.json"),
-    headlines=_headlines(rows, config, warm_start),
+    headlines=_headlines(rows, config, sft),
     tables=[_score_table(name, start_and_last(rows, name)) for name in _names(rows)],
     graded=graded(rows),
     evaluated=_evaluated(run_dir),
@@ -106,7 +106,7 @@ def _names(rows: list[Row]) -> list[str]:
 
 
 def _headlines(
-  rows: list[Row], config: Row, warm_start: list[Row]
+  rows: list[Row], config: Row, sft: list[Row]
 ) -> list[tuple[str, str, str]]:
   """Label, value and note of each figure on top; without the loss, on purpose."""
   cards = []
@@ -134,7 +134,7 @@ def _headlines(
   seconds = {
     "RL": series(rows, "time/step_s")[1].sum(),
     "evaluation": series(rows, "time/eval_s")[1].sum(),
-    "warm start": series(warm_start, "time/step_s")[1].sum(),
+    "warm start": series(sft, "time/step_s")[1].sum(),
   }
   if any(seconds.values()):
     parts = [f"{name} {_duration(spent)}" for name, spent in seconds.items() if spent]

@@ -1,0 +1,1 @@
+"""Devices: mesh, processes, memory, and the environment that JAX starts in."""

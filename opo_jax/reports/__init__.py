@@ -1,0 +1,1 @@
+"""Reports: run directories -> figures and HTML pages."""

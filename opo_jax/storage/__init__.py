@@ -1,0 +1,1 @@
+"""Storage: checkpoints, and the files of a run directory."""
