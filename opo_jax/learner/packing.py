@@ -69,7 +69,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-  spans: np.ndarray,
+  last_token: np.ndarray,
   has_gradient: np.ndarray,
   prompt_ids: np.ndarray,
   prompt_lengths: np.ndarray,
@@ -88,8 +88,8 @@ def plan(
   sampler and learner is measured in every step.
 
   Args:
-    spans: [N] columns of a response up to its last trainable token; 0: the rollout does
-      not count.
+    last_token: [N] columns of a response up to and including its last trainable token;
+      0: the rollout does not count.
     has_gradient: [N] bool; False leaves a rollout out.
     prompt_ids: [N] the prompt, that is the group, of a rollout.
     prompt_lengths: [G].
@@ -106,8 +106,8 @@ def plan(
   Returns:
     The plan of least tokens.
 
-  >>> spans, signal = np.array([3, 5, 2, 4]), np.array([True, True, True, False])
-  >>> made = plan(spans, signal, np.array([0, 0, 1, 1]), np.array([2, 3]),
+  >>> last_token, signal = np.array([3, 5, 2, 4]), np.array([True, True, True, False])
+  >>> made = plan(last_token, signal, np.array([0, 0, 1, 1]), np.array([2, 3]),
   ...   prompt_width=4, response_width=8, share_prompts=True)
   >>> made.layout.rollouts[0, 0].tolist(), made.layout.prompts[0, 0].tolist()
   ([[0, 0, 0, 1, 1, 1, 1, 1], [2, 2, 0, 0, 0, 0, 0, 0]], [0, 1])
@@ -116,7 +116,7 @@ def plan(
   >>> made.tokens, made.tokens_with_gradient, made.left_out.tolist()
   (24, 10, [False, False, False, True])
   """
-  counted = spans > 0
+  counted = last_token > 0
   with_gradient = counted & has_gradient
   computed = with_gradient.copy()
   if not computed.any():
@@ -125,7 +125,7 @@ def plan(
   step_of = prompt_ids[ids] * steps // len(prompt_lengths)
   # Rows hold responses of one group: of a prompt, or of a whole optimiser step.
   groups = prompt_ids[ids] if share_prompts else step_of
-  lengths = spans[ids] + (0 if share_prompts else prompt_lengths[prompt_ids[ids]])
+  lengths = last_token[ids] + (0 if share_prompts else prompt_lengths[prompt_ids[ids]])
   full = response_width + (0 if share_prompts else prompt_width)
 
   def candidates():
@@ -172,7 +172,9 @@ def plan(
     rows[members] += first * share
     prompts.reshape(-1)[first : next_entry[step]] = group
 
-  layout = _fill((steps, parts, per_batch * share, width), ids, rows, lengths, spans)
+  layout = _fill(
+    (steps, parts, per_batch * share, width), ids, rows, lengths, last_token
+  )
   if share_prompts:
     layout = layout._replace(prompts=prompts, columns=None)
   return Plan(
@@ -180,13 +182,13 @@ def plan(
     micro_batches,
     left_out=counted & ~computed,
     tokens=tokens,
-    tokens_with_gradient=int(spans[with_gradient].sum()),
+    tokens_with_gradient=int(last_token[with_gradient].sum()),
     counted=int(counted.sum()),
     pruned=int((counted & ~with_gradient).sum()),
   )
 
 
-def _fill(shape, ids, rows, lengths, spans) -> Layout:
+def _fill(shape, ids, rows, lengths, last_token) -> Layout:
   """Puts each rollout's columns side by side into its row."""
   rollouts, offsets, segment_ids = np.zeros((3, *shape), np.int32)
   order = np.argsort(rows, kind="stable")
@@ -199,7 +201,7 @@ def _fill(shape, ids, rows, lengths, spans) -> Layout:
   index = np.arange(lengths.sum()) - np.repeat(before, lengths)
   columns = np.repeat(starts, lengths) + index
   rollouts.reshape(-1)[columns] = np.repeat(ids, lengths)
-  offsets.reshape(-1)[columns] = index - np.repeat(lengths - spans[ids], lengths)
+  offsets.reshape(-1)[columns] = index - np.repeat(lengths - last_token[ids], lengths)
   segments = np.arange(len(ids)) - first + 1
   segment_ids.reshape(-1)[columns] = np.repeat(segments, lengths)
 
