@@ -18,7 +18,7 @@ from opo_jax import advantages as adv
 from opo_jax import variance
 from opo_jax.data import sources
 from opo_jax.devices import sharding
-from opo_jax.learner.update import response_logprobs
+from opo_jax.learner import response_logprobs
 from opo_jax.models import ModelConfig, Policy
 from opo_jax.rollouts import select
 from opo_jax.run import VERIFIERS, Run
