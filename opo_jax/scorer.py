@@ -411,9 +411,9 @@ def shape_rewards(
   metrics["reward/unscorable_fraction"] = float(1.0 - scorable.mean())
   if scorable.any():
     metrics["reward/verified"] = float(verified[scorable].mean())
-  if settings.truncated == "left_out":
+  if settings.truncated == "masked":
     rewards[~finished] = np.nan
-    metrics["reward/left_out_fraction"] = float(1.0 - finished.mean())
+    metrics["reward/masked_fraction"] = float(1.0 - finished.mean())
   elif (cut := scorable & ~finished).any():
     metrics["reward/truncated_mean"] = float(rewards[cut].mean())
   return rewards, metrics

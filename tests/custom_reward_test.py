@@ -115,16 +115,16 @@ def with_reward(run, **changes):
 def test_truncated_responses_earn_what_was_chosen_and_it_is_logged(scored):
   run, asked, rollouts = scored
   cut = ~np.asarray(rollouts.finished)
-  for choice in ("incorrect", "scored", "left_out"):
+  for choice in ("incorrect", "scored", "masked"):
     own = with_reward(run, truncated=choice)
     own.verifier = RewardPool(lambda a, b: 1.0, workers=0, timeout_s=1.0)
     texts, verified = own.score(rollouts, asked)
     rewards, metrics = own.shape(rollouts, texts, verified)
     assert (rewards[~cut] == 1.0).all()
     assert metrics["reward/unscorable_fraction"] == 0
-    if choice == "left_out":
+    if choice == "masked":
       assert np.isnan(rewards[cut]).all()
-      assert metrics["reward/left_out_fraction"] == cut.mean()
+      assert metrics["reward/masked_fraction"] == cut.mean()
     else:
       assert (rewards[cut] == (choice == "scored")).all()
       assert metrics["reward/truncated_mean"] == float(choice == "scored")

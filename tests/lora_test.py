@@ -18,7 +18,7 @@ from opo_jax import build, commands, loop, models, sampler
 from opo_jax import learner as trainer
 from opo_jax import run as run_room
 from opo_jax.advantages import ESTIMATORS
-from opo_jax.config import Checkpoint, Config, Eval, Record, Reward, Rollout, Sft
+from opo_jax.config import SFT, Checkpoint, Config, Eval, Record, Reward, Rollout
 from opo_jax.devices import sharding
 from opo_jax.models import ModelConfig, Policy, lora
 from opo_jax.run import Run, load_policy
@@ -296,7 +296,7 @@ def small_config(**changes):
     model=dataclasses.replace(
       base.model, width=32, mlp_width=48, lora_targets="query,down_proj", lora_rank=2
     ),
-    sft=Sft(steps=1, batch_size=8),
+    sft=SFT(steps=1, batch_size=8),
     rollout=Rollout(prompts_per_step=8, group_size=4, max_new_tokens=6),
     reward=Reward(truncated="scored"),
     eval=Eval(every=0, problems=8, samples=1),

@@ -15,7 +15,7 @@ import pytest
 
 from experiments.quickstart import get_config
 from opo_jax.__main__ import main
-from opo_jax.config import Data, Eval, Rollout, Sft
+from opo_jax.config import SFT, Data, Eval, Rollout
 from opo_jax.data import arithmetic, prompts
 from opo_jax.data.prompts import Problem
 from opo_jax.run import Run
@@ -325,7 +325,7 @@ def test_a_run_trains_on_what_its_filters_leave(tmp_path, monkeypatch):
     }
   mixed = dataclasses.replace(
     get_config(),
-    sft=Sft(steps=0),
+    sft=SFT(steps=0),
     data=Data(
       train=f"arithmetic:3 jsonl:{own}:1", decontaminate_against=f"jsonl:{test}"
     ),
