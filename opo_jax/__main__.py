@@ -53,10 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--format",
         choices=("merged", "peft"),
         default="merged",
-        help="the policy with adapters merged in, or the adapters alone in PEFT's format",
+        help="the policy with adapters merged in, or only the adapters for PEFT",
       )
   add = commands.add_parser("compare", help="paired differences of runs, and curves")
-  add.add_argument("runs", type=pathlib.Path, nargs="+", help="run directories; the first is the baseline")
+  add.add_argument(
+    "runs",
+    type=pathlib.Path,
+    nargs="+",
+    help="run directories; the first is the baseline",
+  )
   add.add_argument("--out", type=pathlib.Path, help="directory of the page")
   add = commands.add_parser(
     "plan", help="does an experiment fit on absent TPUs?", add_help=False
@@ -65,8 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
   add.add_argument("topology", help="generation and shape of a slice, v5e:4x8")
   add.add_argument("--search", action="store_true", help="try meshes and micro-batches")
   add.add_argument("--out", type=pathlib.Path, help="file to write")
-  add.add_argument("--mean-length", type=int, default=0, help="mean tokens of a response")
-  add.add_argument("--prompt-length", type=int, default=0, help="tokens of a prompt")
+  add.add_argument(
+    "--mean-length", type=int, default=0, help="mean tokens of a response"
+  )
+  add.add_argument("--prompt-length", type=int, default=0, help="prompt tokens")
   add = commands.add_parser(
     "data", help="report training problems that occur in an evaluation set"
   )
@@ -99,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _told(error: BaseException) -> int | None:
-  """Prints one line about the error, and returns the exit code; None: an unknown error."""
+  """Prints one line about an error of ours, and returns the exit code; else None."""
   if isinstance(error, KeyboardInterrupt):
     print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
     return 130

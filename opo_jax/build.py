@@ -61,7 +61,7 @@ def check_batch(config: Config, mesh: Mesh) -> None:
 
 
 def model_config(config: Config) -> ModelConfig:
-  """The policy's shape: read from the config.json of `model.path`, or from the config."""
+  """The policy's shape, from the config.json of `model.path` or from the config."""
   size = config.model
   if size.path:
     return read_config(size.path)
@@ -218,8 +218,8 @@ def make_sft_learner(config: Config) -> PolicyGradientLearner:
   """
   return PolicyGradientLearner(
     Algorithm(
-      advantage="reinforce",
-      loss="policy_gradient",
+      estimator="reinforce",
+      objective="policy_gradient",
       require_on_policy=False,
       micro_batch_tokens=config.algorithm.micro_batch_tokens,
       remat=config.model.remat,
@@ -236,13 +236,14 @@ def algorithm(config: Config, *, share_prompts: bool = True) -> Algorithm:
   rows = rollout.prompts_per_step * rollout.group_size
   constant = rows // settings.updates_per_batch * rollout.max_new_tokens
   return Algorithm(
-    advantage=settings.advantage,
-    loss=settings.loss,
+    estimator=settings.advantage,
+    objective=settings.loss,
     aggregation=settings.aggregation,
     normalizer=float(constant) if settings.aggregation == "constant" else None,
-    clip_low=settings.clip_low,
-    clip_high=settings.clip_high,
-    tis_cap=settings.tis_cap,
+    # An option left at 0 keeps the default of the loss.
+    clip_low=settings.clip_low or None,
+    clip_high=settings.clip_high or None,
+    tis_cap=settings.tis_cap or None,
     updates_per_batch=settings.updates_per_batch,
     micro_batch_tokens=settings.micro_batch_tokens,
     require_on_policy=settings.updates_per_batch == 1,

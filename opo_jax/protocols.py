@@ -4,10 +4,11 @@
     rewards  = scorer.finish(rollouts)
     state, update = learner.update(state, rollouts, rewards.values)
 
-`loop.train(config, directory, sampler=…, scorer=…, learner=…)` runs with whatever is
-passed. Another engine (vLLM, SGLang) or a multi-turn environment is a `Sampler`, a judge
-or a sandbox a `Scorer`, another algorithm a `Learner`. Ours are `sampler.JaxSampler`,
-`scorer.VerifierScorer`, `scorer.RewardModelScorer` and `learner.PolicyGradientLearner`.
+`loop.train(config, directory, sampler=…, scorer=…, learner=…)` runs with the parts that
+are passed. Another engine (vLLM, SGLang) or a multi-turn environment is a `Sampler`, a
+judge or a sandbox a `Scorer`, another algorithm a `Learner`. Ours are
+`sampler.JaxSampler`, `scorer.VerifierScorer`, `scorer.RewardModelScorer` and
+`learner.PolicyGradientLearner`.
 """
 
 from collections.abc import Callable, Sequence

@@ -125,9 +125,7 @@ class Run:
     own = distributed.local_indices(self.mesh, len(problems))
     return self.encode([problems[i] for i in own])
 
-  def gather_prompts(
-    self, local: list[list[int]], num_prompts: int
-  ) -> list[list[int]]:
+  def gather_prompts(self, local: list[list[int]], num_prompts: int) -> list[list[int]]:
     """All processes' prompts, from each process's `encode_local`.
 
     Prompts are small beside responses, and the learner needs them on every device.

@@ -38,7 +38,7 @@ def check(config: Config) -> None:
 
 
 def start_policy(run: Run) -> Any:
-  """The policy that RL starts from: saved in `start/`, after SFT if the config has it."""
+  """The policy that RL starts from, after SFT if the config has it; see `start/`."""
   if run.directory.has_start():
     return run.directory.load_start(run.abstract_policy)
   policy = run.init_policy()

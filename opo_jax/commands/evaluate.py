@@ -67,9 +67,7 @@ def _evaluate(
     settings, evaluator = _settings(run, scorer), Evaluator(run, sampler, scorer)
     for name, load in policies.items():
       directory = out / name.replace(" ", "_")
-      rows[name] = _evaluate_policy(
-        evaluator, name, load(), directory, settings, start
-      )
+      rows[name] = _evaluate_policy(evaluator, name, load(), directory, settings, start)
   results = {"settings": settings, "policies": rows, "data_left_out": left_out}
   write_json(out / "results.json", results)
   table = evaluation.table(rows)
@@ -92,7 +90,7 @@ def _evaluate_policy(
 
       settings.json               what the responses depend on
       BENCHMARK.responses.jsonl   every response, see `evaluation.Response`
-      BENCHMARK.problems.jsonl    how often each problem was solved; not of graded rewards
+      BENCHMARK.problems.jsonl    how often each problem was solved (not if graded)
 
   Args:
     evaluator: of the run.

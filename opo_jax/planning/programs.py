@@ -1,4 +1,4 @@
-"""The programs of a training step, lowered from shapes for devices that may be absent."""
+"""The programs of a training step, lowered from shapes for absent devices."""
 
 from typing import NamedTuple
 

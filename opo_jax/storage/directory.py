@@ -1,7 +1,7 @@
 """The run directory: config.json, run.json, the start policy, checkpoints.
 
-    config.json    every setting            run.json       command, commit, versions
-    start/         the policy RL started from             checkpoints/   Orbax
+config.json    every setting            run.json       command, commit, versions
+start/         the policy RL started from             checkpoints/   Orbax
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class RunDirectory:
       )
 
   def write_head(self, facts: dict[str, Any]) -> None:
-    """Writes run.json and config.json before anything else; all processes must see them.
+    """Writes run.json and config.json; all processes must see them.
 
     Args:
       facts: of this start, for run.json: devices, mesh, problems left out.
@@ -67,9 +67,7 @@ class RunDirectory:
       write_run_json(self.path, seed=self.config.seed, facts=facts)
       write_json(config, config_lib.to_dict(self.config))
     distributed.barrier("written")
-    distributed.assert_same_on_all_hosts(
-      config.is_file(), f"whether {config} is there"
-    )
+    distributed.assert_same_on_all_hosts(config.is_file(), f"whether {config} is there")
 
   # --- the start policy -----------------------------------------------------------
 

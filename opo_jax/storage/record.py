@@ -1,4 +1,4 @@
-"""Record: what a run writes every step, metrics.jsonl, samples.jsonl and TensorBoard."""
+"""What a run writes every step: metrics.jsonl, samples.jsonl, TensorBoard."""
 
 import contextlib
 import math

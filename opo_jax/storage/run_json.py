@@ -1,4 +1,4 @@
-"""run.json: where a run comes from: command, commit, versions, devices of each start."""
+"""run.json: command, commit, versions and devices of every start of a run."""
 
 import datetime
 import json
