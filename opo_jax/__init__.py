@@ -1,7 +1,8 @@
 """OPO: on-policy reinforcement learning of language models with the optimal baseline.
 
-Where to start reading: `loop.py` is the run from top to bottom on the host,
-`trainer.py` the update on the device, `advantages.py` the idea of the paper.
+Start with `loop.py`, the training loop on the host; `learner/update.py` is the update on
+the device, and `advantages.py` holds the paper's estimator. `docs/glossary.md` defines
+every name.
 
     __main__    the commands: train, eval, report, export
     config      every knob on one page
@@ -30,12 +31,13 @@ Where to start reading: `loop.py` is the run from top to bottom on the host,
     data        prompts, sources, preference pairs, two embedded tasks
     rewards     math verification in processes with a time limit, reward models
 
-Shape letters, used as suffixes inside models, sampler and trainer (`hidden_BTD`):
+Arrays inside models, sampler and learner end in their shape (`hidden_BTD`). One letter
+has one meaning:
 
-    B  rows of a batch          N  rollouts (rows of a whole RL step)
-    T  tokens of a row, or response tokens of a rollout
+    B  rows of a batch          N  rollouts of a step
+    T  tokens of a row; response tokens of a rollout
     S  key positions attended to
-    P  prompt tokens            G  prompts, that is groups of rollouts
+    P  prompt tokens            G  prompts, each with a group of rollouts
     D  model width              F  MLP width              V  vocabulary
     H  query heads              K  key-value heads        R  query heads per K
     E  width of one head        L  layers
@@ -43,7 +45,7 @@ Shape letters, used as suffixes inside models, sampler and trainer (`hidden_BTD`
 The update's plan packs responses: there R counts rows, W their columns, C the columns
 that hold responses, and E the prompts, each of which some rows share.
 
-This module imports nothing, so that `import opo_jax.losses` costs what JAX costs.
+This module imports nothing, so `import opo_jax.losses` costs no more than JAX.
 """
 
 __version__ = "0.1.0"
