@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from opo_jax import __main__ as command_line
-from opo_jax.evaluation.statistics import Response, bootstrap_interval, per_problem
+from opo_jax.evaluation import Response, bootstrap_interval, per_problem
 from opo_jax.reports import compare
 
 

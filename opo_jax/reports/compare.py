@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from opo_jax.evaluation import graded as judging
-from opo_jax.evaluation.statistics import (
+from opo_jax.evaluation import (
   Column,
   bootstrap_interval,
   columns,
@@ -24,6 +23,7 @@ from opo_jax.evaluation.statistics import (
   per_problem,
   read_responses,
 )
+from opo_jax.evaluation import graded as judging
 from opo_jax.reports import plots
 from opo_jax.reports.report import write_page
 

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from opo_jax.evaluation.statistics import Column, columns
+from opo_jax.evaluation import Column, columns
 from opo_jax.reports.plots import (
   CHARTS,
   GAP_BOUND,
