@@ -21,7 +21,7 @@ from opo_jax.config import Config
 from opo_jax.data import preferences, sources
 from opo_jax.data.preferences import Pair
 from opo_jax.devices import sharding
-from opo_jax.evaluation.statistics import bootstrap_interval
+from opo_jax.evaluation import bootstrap_interval
 from opo_jax.rewards import reward_model
 from opo_jax.rollouts import Rollouts
 from opo_jax.run import Run, check_directory

@@ -29,8 +29,8 @@ from opo_jax.data.prompts import Problem
 from opo_jax.data.stream import OnDemand
 from opo_jax.devices import distributed, memory, sharding
 from opo_jax.devices.memory import gib
+from opo_jax.evaluation import Response, summarise
 from opo_jax.evaluation import graded as judging
-from opo_jax.evaluation.statistics import Response, summarise
 from opo_jax.problems import Problems
 from opo_jax.rewards import (
   RewardPool,
