@@ -17,7 +17,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from opo_jax.data import preferences
-from opo_jax.reports import plots
+from opo_jax.reports import style
+from opo_jax.reports.run_files import read_metrics
 
 DOCS = pathlib.Path(__file__).parent
 # label: (experiment, additional flags)
@@ -77,15 +78,15 @@ def truth_accuracy() -> float:
 
 def evaluations(path: pathlib.Path) -> dict[int, dict]:
   """{step: row} of the steps with an evaluation."""
-  rows = plots.read_metrics(path)
+  rows = read_metrics(path)
   return {row["step"]: row for row in rows if "eval/preferences/true_score" in row}
 
 
 def summary(path: pathlib.Path) -> dict:
   """The result-file entry of one finished run."""
-  pairs = plots.read_metrics(path / "reward_model")
+  pairs = read_metrics(path / "reward_model")
   sft = [json.loads(line) for line in (path / "sft.jsonl").open()]
-  rows, last = plots.read_metrics(path), pairs[-1]
+  rows, last = read_metrics(path), pairs[-1]
   figures = {
     "commit": json.loads((path / "run.json").read_text())["commit"],
     "held-out accuracy": round(last["eval/pairs/accuracy"], 3),
@@ -119,7 +120,7 @@ def draw(paths: dict[str, pathlib.Path], out: pathlib.Path) -> None:
   """Plots reward-model score and true score over steps, and true score over KL."""
   figure = Figure(figsize=(11, 3.4), layout="constrained")
   panels = figure.subplots(1, 3)
-  for color, (label, path) in zip(plots.RUN_COLORS, paths.items(), strict=False):
+  for color, (label, path) in zip(style.RUN_COLORS, paths.items(), strict=False):
     rows = evaluations(path)
     steps = list(rows)
     kls = [row.get("policy/kl_to_start", 0.0) for row in rows.values()]

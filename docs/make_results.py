@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 from opo_jax.reports import plots
+from opo_jax.reports.run_files import read_metrics
 
 DOCS = pathlib.Path(__file__).parent
 # label: (experiment, additional flags)
@@ -48,7 +49,7 @@ def main(directory: pathlib.Path) -> None:
 
 def summary(path: pathlib.Path) -> dict:
   """The result-file entry of one finished run."""
-  rows = plots.read_metrics(path)
+  rows = read_metrics(path)
   run = json.loads((path / "run.json").read_text())
   sft = [json.loads(line) for line in (path / "sft.jsonl").open()]
   evaluated = [row for row in rows if "eval/arithmetic/pass@1" in row]

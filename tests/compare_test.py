@@ -1,4 +1,4 @@
-"""Runs are paired problem by problem and step by step; the page shows what is found."""
+"""Runs are paired problem by problem and step by step; the page shows the result."""
 
 import json
 import re
@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from opo_jax import __main__ as command_line
-from opo_jax.evaluation.statistics import Response, bootstrap_interval, per_problem
+from opo_jax.evaluation import Response, bootstrap_interval, per_problem
 from opo_jax.reports import compare
 
 
-def figures(rates, *, length=4):
-  """Figures of problems solved `rates[id]` times of 4."""
+def metrics(rates, *, length=4):
+  """Metrics of problems solved `rates[id]` times of 4."""
   return per_problem(
     [
       Response(name, j, "so 4", "4", str(j < right), float(j < right), length, True)
@@ -27,12 +27,12 @@ def test_scores_are_paired_problem_by_problem():
   hard = {f"p{i}": int(rng.integers(0, 4)) for i in range(40)}
   # One more right for every third problem; the other way round in the file.
   better = {name: hard[name] + (int(name[1:]) % 3 == 0) for name in reversed(hard)}
-  answers = {
-    "a": {"start": {"sums": figures(dict.fromkeys(hard, 0))},
-          "step 9": {"sums": figures(hard)}},
-    "b": {"step 4": {"sums": figures(better | {"only in b": 0})}},
+  evaluations = {
+    "a": {"start": {"sums": metrics(dict.fromkeys(hard, 0))},
+          "step 9": {"sums": metrics(hard)}},
+    "b": {"step 4": {"sums": metrics(better | {"only in b": 0})}},
   }  # fmt: skip
-  lines = compare.score_differences(answers)["sums"]
+  lines = compare.score_differences(evaluations)["sums"]
   assert list(lines) == ["a, start", "a", "b"]
   found = lines["b"]["pass@1"]
   differences = [0.25 if i % 3 == 0 else 0.0 for i in range(40)]
@@ -54,13 +54,13 @@ def test_scores_are_paired_problem_by_problem():
 
 
 def test_benchmarks_that_runs_do_not_share_are_not_compared():
-  answers = {
-    "a": {"model": {"x": figures({"p": 1})}},
-    "b": {"model": {"y": figures({"p": 2})}},
-    "c": {"model": {"x": figures({"q": 3})}},
+  evaluations = {
+    "a": {"model": {"x": metrics({"p": 1})}},
+    "b": {"model": {"y": metrics({"p": 2})}},
+    "c": {"model": {"x": metrics({"q": 3})}},
     "d": {},
   }
-  lines = compare.score_differences(answers)
+  lines = compare.score_differences(evaluations)
   assert {name: list(kept) for name, kept in lines.items()} == {
     "x": ["a", "c"], "y": ["b"],
   }  # fmt: skip
@@ -96,7 +96,7 @@ def test_curves_are_paired_step_by_step_at_their_end():
   assert lines["d"]["grad_norm"].difference is None
 
 
-def test_interval_over_steps_is_wider_where_neighbours_are_alike():
+def test_interval_over_steps_is_wider_where_neighbours_are_correlated():
   """Of a wandering curve, resampling single steps would give a third of the width."""
   rng = np.random.default_rng(1)
   wander, noise = np.zeros(400), rng.normal(size=400)
@@ -115,7 +115,7 @@ def test_interval_over_steps_is_wider_where_neighbours_are_alike():
   assert compare.interval_over_steps([1.0, 2.0] * 3) is None
 
 
-def test_a_difference_is_clear_where_its_interval_leaves_out_zero():
+def test_a_difference_is_clear_where_its_interval_excludes_zero():
   for low, high, clear in ((0.1, 0.2, True), (-0.2, -0.1, True), (-0.1, 0.2, False)):
     assert compare.Difference(1.0, 0.1, low, high, 9).is_clear is clear
   assert not compare.Difference(1.0, 0.1).is_clear
@@ -177,11 +177,11 @@ def test_the_command_writes_a_page_a_picture_a_table_and_json(tmp_path, capsys):
   found = values["scores"]["sums"]["b"]["pass@1"]
   assert found["count"] == 30 and found["low"] > 0.3
   assert values["curves"]["b"]["reward/mean"]["count"] == 3
-  # What differs, and nothing else; what a run does not have is no difference.
+  # The settings that differ and no others; a missing one is no difference.
   assert values["settings"] == {"algorithm.loss": {"a <1>": '"tis"', "b": '"gspo"'}}
   table = (out / "compare.md").read_text()
   assert " a <1>, start |" in table and "| pass@1 " in table
-  assert "the last quarter of the steps in common (3 steps)" in table
+  assert "the last quarter of the shared steps (3 steps)" in table
   assert table.strip() in capsys.readouterr().out
 
   page = without_pictures(out / "compare.html")
@@ -193,7 +193,7 @@ def test_the_command_writes_a_page_a_picture_a_table_and_json(tmp_path, capsys):
 
 
 def make_graded_run(directory, *, better, judge):
-  """30 questions, 2 answers each by start and step 12; the truth is half the reward."""
+  """30 questions, 2 responses each; the true score is half the reward."""
   rng = np.random.default_rng(7)
   start = rng.normal(size=(30, 2))
   write_lines(
@@ -216,7 +216,7 @@ def make_graded_run(directory, *, better, judge):
   return directory
 
 
-def test_graded_answers_are_compared_by_their_scores_and_never_as_right_or_wrong(
+def test_graded_responses_are_compared_by_their_scores_and_have_no_pass_at_k(
   tmp_path,
 ):
   a = make_graded_run(tmp_path / "a", better=1.0, judge="one")
@@ -235,20 +235,18 @@ def test_graded_answers_are_compared_by_their_scores_and_never_as_right_or_wrong
   assert lines["a, start"]["reward_win_rate"]["value"] == 0.5
   assert lines["b"]["reward_win_rate"]["value"] > lines["a"]["reward_win_rate"]["value"]
   assert values["curves"]["b"]["reward/mean"]["difference"] == pytest.approx(0.5)
-  # What another reward model gave is shown, and held against nothing; the truth is.
-  assert values["judged_apart"] == ["c"]
+  # The rewards of another reward model are shown, not compared; true scores are.
+  assert values["other_judge"] == ["c"]
   for found in (lines["c"]["reward_score"], lines["c"]["reward_win_rate"],
                 values["curves"]["c"]["reward/mean"]):  # fmt: skip
     assert found["difference"] is None and found["value"] is not None
   assert lines["c"]["true_score"]["difference"] == pytest.approx(1.0)
   text = without_pictures(page)
-  assert "rewards are not held against it: c." in text and "pass@" not in text
+  assert "rewards are not compared with it: c." in text and "pass@" not in text
   assert '<small class="clear">+0.250 [+0.250, +0.250]' in text
 
 
-def test_runs_whose_reward_models_are_not_known_to_be_the_same_are_judged_apart(
-  tmp_path,
-):
+def test_rewards_of_reward_models_that_may_differ_are_not_compared(tmp_path):
   for name, model in (("a", "runs/rm"), ("b", "runs/rm"), ("c", ""), ("d", "")):
     make_run(
       tmp_path / name, seed=0, reward={"verifier": "reward_model", "model": model}
@@ -256,7 +254,7 @@ def test_runs_whose_reward_models_are_not_known_to_be_the_same_are_judged_apart(
   for names, apart in (("ab", []), ("ac", ["c"]), ("cd", ["d"])):
     compare.compare([tmp_path / name for name in names], tmp_path / "out")
     values = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert values["judged_apart"] == apart
+    assert values["other_judge"] == apart
 
 
 def test_models_without_training_have_scores_and_no_curves(tmp_path):
@@ -274,7 +272,7 @@ def test_models_without_training_have_scores_and_no_curves(tmp_path):
   assert not (tmp_path / "out" / "compare.png").exists()
 
 
-def test_other_settings_of_the_evaluation_are_told(tmp_path):
+def test_settings_of_the_evaluation_that_differ_are_shown(tmp_path):
   for name, samples, system in (("a", 2, "Hi"), ("b", 4, "Ho")):
     data = {"system": system}
     run = make_run(tmp_path / name, seed=0, rate=0.5, data=data)
@@ -284,18 +282,18 @@ def test_other_settings_of_the_evaluation_are_told(tmp_path):
   compare.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
   values = json.loads((tmp_path / "out" / "compare.json").read_text())
   assert values["settings"] == {
-    # Trained and evaluated with: told once.
+    # A setting of both training and evaluation: shown once.
     "data.system": {"a": '"Hi"', "b": '"Ho"'},
     "evaluated.eval.samples": {"a": "2", "b": "4"},
   }
 
 
-def test_mistakes_are_told_in_one_line(tmp_path, capsys):
+def test_usage_errors_take_one_line(tmp_path, capsys):
   run = make_run(tmp_path / "run", seed=0)
   (tmp_path / "empty").mkdir()
   for arguments, message in (
     ([run], "1 runs to compare; give two to 7"),
-    ([run] * 2, "The same run is there twice"),
+    ([run] * 2, "The same run is given twice"),
     ([run, tmp_path / "empty"], "empty holds neither metrics.jsonl nor eval/results"),
   ):
     assert command_line.main(["compare", *map(str, arguments)]) == 2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from opo_jax.data.prompts import Problem
-from opo_jax.evaluation.statistics import Response
+from opo_jax.evaluation import Response
 from opo_jax.rewards import RewardPool, shaping
 from opo_jax.rewards.custom import CustomReward
 from opo_jax.run import verifier

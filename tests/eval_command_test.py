@@ -13,7 +13,7 @@ from experiments.quickstart import get_config
 from opo_jax import __main__ as command_line
 from opo_jax.config import Eval, from_dict, to_dict
 from opo_jax.data import arithmetic, sources
-from opo_jax.evaluation.statistics import pass_rates, read_responses, summarise
+from opo_jax.evaluation import pass_rates, read_responses, summarise
 from opo_jax.run import Run
 from opo_jax.storage.checkpoint import Checkpoints, fingerprint
 

@@ -145,7 +145,7 @@ def test_gram_matrix_is_that_of_gradients_taken_one_at_a_time(chunk):
 
 
 def test_no_more_than_two_chunks_of_gradients_are_alive(monkeypatch):
-  alive, take = [], variance._gradients
+  alive, take = [], variance.gram._gradients
 
   def watched(*args):
     # With the one that is about to be taken, two.
@@ -154,7 +154,7 @@ def test_no_more_than_two_chunks_of_gradients_are_alive(monkeypatch):
     alive.append(weakref.ref(jax.tree.leaves(result[0])[0]))
     return result
 
-  monkeypatch.setattr(variance, "_gradients", watched)
+  monkeypatch.setattr(variance.gram, "_gradients", watched)
   variance.gram_matrices(policy(), sampled()[0], chunk=3)
   assert len(alive) == G * (1 + 2 + 3)
 
@@ -280,7 +280,7 @@ def test_floor_is_below_every_constant_baseline():
   norms = (scores**2).sum(-1)
   columns = {"rewards": rewards, "exact": norms, "valid": rewards >= 0}
   columns = {name: jnp.array(x).reshape(5, 2, 4) for name, x in columns.items()}
-  a = variance._beyond_the_group(columns)["exact_all"].reshape(5, 8)
+  a = variance.estimators.beyond_the_group(columns)["exact_all"].reshape(5, 8)
   floor = (np.asarray(a) ** 2 * norms).sum(1)
   for b in np.linspace(0, 1, 21):
     assert (floor <= ((rewards - b) ** 2 * norms).sum(1) * (1 + 1e-6)).all()
@@ -291,7 +291,7 @@ def test_leave_one_out_survives_weights_a_billion_apart():
   rewards = np.array([0.0, 1.0, 0.0, 1.0, 1.0], np.float32)
   valid = np.arange(5) < 4
   columns = {"rewards": rewards, "exact": weights, "valid": valid}
-  found = variance._weighted_loo("exact")(columns, None, 1)
+  found = variance.estimators._weighted_loo("exact")(columns, None, 1)
   # Row 0: 0 - (1 + 2) / (1 + 3 + 2). The others see row 0 alone, to nine digits.
   np.testing.assert_allclose(found, [-0.5, 1.0, 0.0, 1.0, 0.0], atol=1e-6)
 

@@ -1,7 +1,7 @@
-"""How different are the answers to one problem, and how much does one repeat itself?
+"""Diversity of the responses to one problem, and repetition within a response.
 
-Pure functions of texts. Words are runs of letters, single digits and single symbols,
-so the figures do not depend on a model's tokenizer and `a3=3` has four words.
+Pure functions of texts. A word is a run of letters, a single digit or a single symbol,
+so that the metrics do not depend on a tokenizer: `a3=3` has four words.
 """
 
 import math
@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 _WORD = re.compile(r"[^\W\d_]+|\S")
-# Self-BLEU looks at so many answers to a problem and so many words of each: the samples
-# of a problem are exchangeable, so the first ones stand for all.
-MAX_ANSWERS, MAX_WORDS = 8, 2000
+# Self-BLEU reads so many responses to a problem and so many words of each. The samples
+# of a problem are exchangeable, so the first ones are an unbiased choice.
+MAX_RESPONSES, MAX_WORDS = 8, 2000
 
 
 def words(text: str) -> list[str]:
-  """Runs of letters, single digits, single symbols.
+  """Splits a text into runs of letters, single digits and single symbols.
 
   >>> words("So x=12.5!")
   ['So', 'x', '=', '1', '2', '.', '5', '!']
@@ -25,14 +25,14 @@ def words(text: str) -> list[str]:
 
 
 def repetition(text: str, *, n: int = 4) -> float:
-  """The share of a text's n-grams that stood in it before.
+  """The fraction of a text's n-grams that occurred earlier in it.
 
-      1 - (different n-grams) / (n-grams)
+      1 - (distinct n-grams) / (n-grams)
 
   Returns:
-    0 for a text without n-grams, near 1 for one that goes round in circles.
+    0 for a text without n-grams, near 1 for a loop.
 
-  >>> repetition("a b a b a b", n=2)  # ab ba ab ba ab: two different ones of five
+  >>> repetition("a b a b a b", n=2)  # ab ba ab ba ab: two distinct of five
   0.6
   """
   grams = _ngrams(words(text), n)
@@ -40,10 +40,10 @@ def repetition(text: str, *, n: int = 4) -> float:
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-  """The share of different n-grams among all n-grams of a problem's answers.
+  """The fraction of distinct n-grams among all n-grams of a problem's responses.
 
-  More and longer answers have a lower share (https://arxiv.org/abs/1510.03055), so
-  compare only where numbers and lengths are alike.
+  It falls with the number and length of responses
+  (https://arxiv.org/abs/1510.03055): compare at equal settings only.
 
   Returns:
     1 for texts without n-grams.
@@ -58,18 +58,19 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
 
 def self_bleu(texts: Sequence[str], *, order: int = 4) -> float:
-  """The mean BLEU of each answer against the others: 1 if all are the same.
+  """The mean BLEU of each response against the others: 1 if all are equal.
 
       BLEU = min(1, exp(1 - r / c)) (p_1 ... p_N)^(1/N)
 
-  with c words in the answer, r in the other answer nearest in length, and p_n the share
-  of its n-grams found in another, each as often as in the one that has most of it.
-  N is 4, or c in a shorter answer; no match counts as a tenth of one. After Texygen,
-  https://arxiv.org/abs/1802.01886. The cost grows with the number of answers, so the
-  first `MAX_ANSWERS` are looked at, and the first `MAX_WORDS` words of each.
+  c is the number of words of the response, r that of the other response nearest in
+  length, p_n the clipped n-gram precision: each n-gram counts at most as often as in
+  the other response that has most of it. N is 4, or c in a shorter response; no match
+  counts as a tenth of one. After Texygen, https://arxiv.org/abs/1802.01886. The cost
+  grows with the number of responses: only the first `MAX_RESPONSES` are read, and the
+  first `MAX_WORDS` words of each.
 
   Args:
-    texts: at least two answers to one problem.
+    texts: at least two responses to one problem.
     order: N.
 
   Raises:
@@ -81,17 +82,17 @@ def self_bleu(texts: Sequence[str], *, order: int = 4) -> float:
   0.045
   """
   if len(texts) < 2:
-    raise ValueError(f"Self-BLEU compares answers; expected two or more, got {texts}.")
-  answers = [words(text)[:MAX_WORDS] for text in texts[:MAX_ANSWERS]]
-  lengths = [len(answer) for answer in answers]
-  logs = [0.0] * len(answers)  # sums of log p_n
+    raise ValueError(f"Self-BLEU compares two or more responses, got {texts}.")
+  responses = [words(text)[:MAX_WORDS] for text in texts[:MAX_RESPONSES]]
+  lengths = [len(response) for response in responses]
+  logs = [0.0] * len(responses)  # sums of log p_n
   for n in range(1, order + 1):
-    grams = [_ngrams(answer, n) for answer in answers]
+    grams = [_ngrams(response, n) for response in responses]
     most = _two_largest(grams)
     for i, own in enumerate(grams):
       if not own:
         continue
-      # If this answer has most of an n-gram, the others have at most the second.
+      # Where this response has most of an n-gram, the others have at most the second.
       found = sum(
         min(count, most[gram][1 if count == most[gram][0] else 0])
         for gram, count in own.items()
@@ -101,7 +102,7 @@ def self_bleu(texts: Sequence[str], *, order: int = 4) -> float:
     _brevity(length, lengths[:i] + lengths[i + 1 :])
     * math.exp(log / max(min(order, length), 1))
     for i, (length, log) in enumerate(zip(lengths, logs, strict=True))
-  ) / len(answers)
+  ) / len(responses)
 
 
 def _ngrams(sequence: Sequence[str], n: int) -> Counter:
@@ -109,7 +110,7 @@ def _ngrams(sequence: Sequence[str], n: int) -> Counter:
 
 
 def _two_largest(counters: Sequence[Counter]) -> dict[tuple, tuple[int, int]]:
-  """n-gram -> how often it is in the answer that has most of it, and in the next."""
+  """n-gram -> its two largest counts over the responses."""
   largest: dict[tuple, tuple[int, int]] = {}
   for counter in counters:
     for gram, count in counter.items():

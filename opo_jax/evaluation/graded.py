@@ -1,28 +1,29 @@
-"""Evaluation by scores: how good answers are, and how often better than the start's.
+"""Evaluation of graded responses: mean scores, and win rates over the start policy.
 
-Where an answer is more or less good, pass@k has nothing to count. What counts then is
-the mean score, and how often somebody who judges would rather have this policy's answer
-than the start policy's to the same question.
+A graded reward is real-valued, not right or wrong, so that pass@k has nothing to
+count. The mean score and the win rate take its place: how often a judge prefers this
+policy's response to the start policy's response to the same question.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from opo_jax.evaluation.statistics import Response, by_problem, means, of_texts
+from opo_jax.evaluation.responses import Response, by_problem
+from opo_jax.evaluation.summary import mean_over_problems, response_statistics
 
 
 def win_rate(scores: np.ndarray, against: np.ndarray) -> np.ndarray:
-  """How often an answer scores more than one of the other policy's, per question.
+  """The fraction of pairs in which a response outscores the other policy's.
 
-  Every answer is held against every one of the other's; a tie is half a win.
+  Pairs every response with every one of the other policy; a tie is half a win.
 
   Args:
-    scores: [G, K], of K answers to each of G questions; NaN is unscorable.
+    scores: [G, K], of K responses to each of G questions; NaN is unscorable.
     against: [G, J].
 
   Returns:
-    [G] between 0 and 1; NaN where one side has no scorable answer.
+    [G] between 0 and 1; NaN where one side has no scorable response.
 
   >>> win_rate(np.array([[1.0, 0.0]]), np.array([[0.0, 0.5]]))  # 1, 1; a half, 0
   array([0.625])
@@ -37,38 +38,39 @@ def win_rate(scores: np.ndarray, against: np.ndarray) -> np.ndarray:
 def per_problem(
   responses: Sequence[Response], start: Sequence[Response] = ()
 ) -> dict[str, dict[str, float]]:
-  """Every figure of every question: metric -> {question id: value}.
+  """Every metric of every question: metric -> {question id: value}.
 
   Args:
     responses: to some questions.
-    start: the start policy's to the same questions; none: there are no win rates.
+    start: the start policy's to the same questions; without them, no win rates.
 
   Returns:
-    `reward_score` and `reward_win_rate` over the start policy, of the rewards, and
-    `true_score` and `true_win_rate`, of the truth where it is known; and what
-    `evaluation.of_texts` gives. A question without a scorable answer has no score.
+    `reward_score` and `reward_win_rate` over the start policy, from the rewards;
+    `true_score` and `true_win_rate`, from the truth where it is known; and what
+    `evaluation.response_statistics` returns. A question without a scorable response has
+    no score.
 
-  >>> answers = [
+  >>> responses = [
   ...   Response("a", i, "so", "", None, reward, 2, True)
   ...   for i, reward in enumerate((2.0, 3.0))
   ... ]
-  >>> figures = per_problem(answers, answers)
-  >>> figures["reward_score"], figures["reward_win_rate"]
+  >>> metrics = per_problem(responses, responses)
+  >>> metrics["reward_score"], metrics["reward_win_rate"]
   ({'a': 2.5}, {'a': 0.5})
   """
   against = by_problem(start)
-  figures: dict[str, dict[str, float]] = {}
+  metrics: dict[str, dict[str, float]] = {}
   for question, rows in by_problem(responses).items():
     values, theirs = {}, _scores(against.get(question, []))
-    for who, scores in _scores(rows).items():
+    for judge, scores in _scores(rows).items():
       if not np.isnan(scores).all():
-        values[f"{who}_score"] = float(np.nanmean(scores))
-        rate = float(win_rate(scores[None], theirs[who][None])[0])
+        values[f"{judge}_score"] = float(np.nanmean(scores))
+        rate = float(win_rate(scores[None], theirs[judge][None])[0])
         if not np.isnan(rate):
-          values[f"{who}_win_rate"] = rate
-    for name, value in (values | of_texts(rows)).items():
-      figures.setdefault(name, {})[question] = value
-  return figures
+          values[f"{judge}_win_rate"] = rate
+    for name, value in (values | response_statistics(rows)).items():
+      metrics.setdefault(name, {})[question] = value
+  return metrics
 
 
 def summary(
@@ -77,13 +79,14 @@ def summary(
   """The means over questions of `per_problem`.
 
   Returns:
-    Each metric, and of scores and win rates `_low` and `_high`: 95 % over questions.
+    Each metric, and for scores and win rates `_low` and `_high`: the 95 % interval over
+    questions.
   """
-  return means(per_problem(responses, start))
+  return mean_over_problems(per_problem(responses, start))
 
 
 def _scores(rows: Sequence[Response]) -> dict[str, np.ndarray]:
-  """Who judges -> a score of each response, NaN where there is none."""
+  """Judge -> the score of each response, NaN where it has none."""
   return {
     "reward": np.array([row.reward for row in rows], float),
     "true": np.array([row.truth for row in rows], float),

@@ -1,1 +1,1 @@
-"""Reports: run directories -> figures and HTML pages."""
+"""Reports: run directories -> figures and HTML pages. Imports no JAX."""

@@ -1,8 +1,7 @@
-"""Runs beside each other: what differs, by how much, and whether that is noise.
+"""Compares runs: paired differences to the first run, with intervals.
 
-The first run is what the others are held against. Evaluations are paired problem by
-problem, curves step by step; both differences come with intervals. Reads what training
-and `make eval` left behind, and imports no JAX.
+Evaluations are paired problem by problem, curves step by step. Reads the files that
+training and `make eval` wrote, and imports no JAX.
 """
 
 import base64
@@ -15,19 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from opo_jax.evaluation import graded as judging
-from opo_jax.evaluation.statistics import (
+from opo_jax.evaluation import (
   Column,
   bootstrap_interval,
   columns,
+  graded,
   markdown,
   per_problem,
   read_responses,
 )
-from opo_jax.reports import plots
+from opo_jax.reports import plots, style
 from opo_jax.reports.report import write_page
+from opo_jax.reports.run_files import Row, read_json, read_metrics, series
 
-# What is compared step by step: metric, title, digits, factor.
+# The curves compared step by step: metric, title, digits, factor.
 CURVES = (
   Column("reward/mean", "reward", 3, 1),
   Column("response_length/mean", "length", 1, 1),
@@ -36,20 +36,20 @@ CURVES = (
   Column("policy/kl_to_start", "KL to start", 4, 1),
   Column("grad_norm", "gradient norm", 3, 1),
 )
-# Curves are compared over the last part of the steps that two runs have in common.
+# Curves are compared over this last fraction of the steps that two runs share.
 LAST_PART = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """A figure of a run, and how far it lies from that of the first run.
+  """A metric of a run, and its difference to that of the first run.
 
   Attributes:
-    value: over all problems or steps of this run that were measured.
-    difference: over those that both runs have; None for the first run itself, and
-      where the two have none in common.
-    low, high: its 95 % interval; None where there is too little to say.
-    count: problems or steps in common.
+    value: the mean over all measured problems or steps of this run.
+    difference: the mean over those that both runs share; None for the first run itself,
+      and where they share none.
+    low, high: its 95 % interval; None for too few steps.
+    count: problems or steps that both runs share.
   """
 
   value: float
@@ -60,11 +60,11 @@ class Difference:
 
   @property
   def is_clear(self) -> bool:
-    """Whether the interval leaves out zero."""
+    """Whether the interval excludes zero."""
     return self.low is not None and (self.low > 0 or self.high < 0)
 
 
-# Line of a table -> metric -> how it differs.
+# Line of a table -> metric -> its difference.
 Lines = dict[str, dict[str, Difference]]
 
 
@@ -72,24 +72,24 @@ def compare(run_dirs: Sequence[Path], out: Path) -> Path:
   """Writes the self-contained compare.html, and compare.json, .md and .png.
 
   Args:
-    run_dirs: two runs or more; the first is the one the others are held against.
-    out: directory to write to; made if it is missing.
+    run_dirs: two runs or more; the others are compared with the first.
+    out: directory to write to; created if it is missing.
 
   Returns:
     The path of compare.html.
 
   Raises:
-    ValueError: fewer than two runs, more than there are colours, the same one twice,
-      or one that holds neither metrics nor an evaluation.
+    ValueError: fewer than two runs, more runs than colours, the same run twice, or a
+      run with neither metrics nor an evaluation.
   """
   runs = _read(run_dirs)
   first, *_ = runs
-  apart = [label for label, run in runs.items() if run.judge != runs[first].judge]
+  other_judge = [label for label, run in runs.items() if run.judge != runs[first].judge]
   scores = score_differences(
-    {label: run.answers for label, run in runs.items()}, judged_apart=apart
+    {label: run.evaluations for label, run in runs.items()}, other_judge=other_judge
   )
   curves = curve_differences(
-    {label: run.rows for label, run in runs.items()}, judged_apart=apart
+    {label: run.rows for label, run in runs.items()}, other_judge=other_judge
   )
   settings = _differing({label: run.settings for label, run in runs.items()})
   tables = [
@@ -98,7 +98,7 @@ def compare(run_dirs: Sequence[Path], out: Path) -> Path:
   if curves:
     shown = [column for column in CURVES if column.metric in _metrics(curves)]
     counts = {found.count for line in curves.values() for found in line.values()} - {0}
-    name = "training, the last quarter of the steps in common"
+    name = "training, the last quarter of the shared steps"
     if counts:
       name += f" ({' to '.join(map(str, sorted({min(counts), max(counts)})))} steps)"
     tables.append(_table(name, shown, curves))
@@ -109,13 +109,13 @@ def compare(run_dirs: Sequence[Path], out: Path) -> Path:
     "scores": scores,
     "curves": curves,
     "settings": settings,
-    "judged_apart": apart,
+    "other_judge": other_judge,
   }
   text = json.dumps(values, indent=2, ensure_ascii=False, default=dataclasses.asdict)
   (out / "compare.json").write_text(text + "\n", encoding="utf-8")
   text = "\n\n".join(map(_markdown, tables))
   (out / "compare.md").write_text(text + "\n", encoding="utf-8")
-  colors = dict(zip(runs, plots.RUN_COLORS, strict=False))
+  colors = dict(zip(runs, style.RUN_COLORS, strict=False))
   return write_page(
     out / "compare.html",
     "compare.html.jinja",
@@ -123,33 +123,36 @@ def compare(run_dirs: Sequence[Path], out: Path) -> Path:
     colors=colors,
     tables=tables,
     settings=settings,
-    judged_apart=apart,
-    not_evaluated=[label for label, run in runs.items() if not run.answers],
+    other_judge=other_judge,
+    not_evaluated=[label for label, run in runs.items() if not run.evaluations],
     image=_figure(runs, colors, out / "compare.png"),
   )
 
 
 def score_differences(
-  answers: dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]],
+  evaluations: dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]],
   *,
-  judged_apart: Sequence[str] = (),
+  other_judge: Sequence[str] = (),
 ) -> dict[str, Lines]:
-  """How evaluations differ from the first run's, problem by problem.
+  """Differences of evaluations to the first run's, paired problem by problem.
 
   Args:
-    answers: run -> policy -> benchmark -> what `per_problem` of `evaluation`, or of
-      `judging`, gives of its responses. The last policy of a run is its result.
-    judged_apart: runs whose rewards come from another judge than the first run's. A
-      score by one reward model says nothing beside that of another: no difference.
+    evaluations: run -> policy -> benchmark -> `evaluation.per_problem`, or
+      `evaluation.graded.per_problem`, of its responses. The last policy of a run is its
+      result.
+    other_judge: runs whose rewards come from another judge than the first run's. The
+      scores of two reward models are not comparable: their difference is None.
 
   Returns:
-    Benchmark -> the first run's start policy, if there is one, and every run's result.
-    The interval is that of the mean difference, by resampling the problems in common.
+    Benchmark -> the first run's start policy, if it was evaluated, and every run's
+    result. The interval of the mean difference resamples the shared problems.
   """
-  first, *_ = answers
-  chosen = {label: list(kept.values())[-1] for label, kept in answers.items() if kept}
-  start = answers[first].get("start")
-  if start and len(answers[first]) > 1:
+  first, *_ = evaluations
+  chosen = {
+    label: list(kept.values())[-1] for label, kept in evaluations.items() if kept
+  }
+  start = evaluations[first].get("start")
+  if start and len(evaluations[first]) > 1:
     chosen = {f"{first}, start": start} | chosen
   base = chosen.get(first, {})
   benchmarks = dict.fromkeys(name for kept in chosen.values() for name in kept)
@@ -159,7 +162,7 @@ def score_differences(
         metric: _difference(
           values,
           base.get(benchmark, {}).get(metric)
-          if label != first and not (label in judged_apart and _is_reward(metric))
+          if label != first and not (label in other_judge and _is_reward(metric))
           else None,
           bootstrap_interval,
         )
@@ -173,22 +176,22 @@ def score_differences(
 
 
 def curve_differences(
-  rows: dict[str, list[plots.Row]], *, judged_apart: Sequence[str] = ()
+  rows: dict[str, list[Row]], *, other_judge: Sequence[str] = ()
 ) -> Lines:
-  """How the end of training differs from the first run's, step by step.
+  """Differences of the end of training to the first run's, paired step by step.
 
   Args:
-    rows: run -> what `plots.read_metrics` gives.
-    judged_apart: as of `score_differences`.
+    rows: run -> `run_files.read_metrics`.
+    other_judge: see `score_differences`.
 
   Returns:
     Run -> metric of `CURVES` -> the difference over the last quarter of the steps that
-    both runs have measured.
+    both runs measured.
   """
   first, *_ = rows
   curves = {
     label: {
-      column.metric: dict(zip(*plots.series(kept, column.metric), strict=True))
+      column.metric: dict(zip(*series(kept, column.metric), strict=True))
       for column in CURVES
       if any(column.metric in row for row in kept)
     }
@@ -201,12 +204,12 @@ def curve_differences(
     for metric, values in metrics.items():
       base = curves.get(first, {}).get(metric, {})
       shared = values.keys() & base.keys()
-      if label == first:  # its value stands for the steps that others are held to
+      if label == first:  # its value covers the steps that the others share with it
         for other in curves.values():
           shared = shared & other.get(metric, {}).keys() or shared
       steps = sorted(shared) or sorted(values)
       last = steps[-math.ceil(LAST_PART * len(steps)) :]
-      beside = label != first and not (label in judged_apart and _is_reward(metric))
+      beside = label != first and not (label in other_judge and _is_reward(metric))
       lines[label][metric] = _difference(
         {step: values[step] for step in last},
         base if beside else None,
@@ -220,11 +223,10 @@ def _is_reward(metric: str) -> bool:
 
 
 def interval_over_steps(differences: Sequence[float]) -> tuple[float, float] | None:
-  """The 95 % interval of the mean of neighbouring steps, which are not independent.
+  """The 95 % interval of the mean over steps, whose neighbours are correlated.
 
-  Blocks of sqrt(n) consecutive steps are resampled together (the circular block
-  bootstrap). It says how sure the mean of *these two* runs is, and nothing of what
-  another seed would give.
+  The circular block bootstrap resamples blocks of sqrt(n) consecutive steps. The
+  interval is about *these two* runs, not about other seeds.
 
   Returns:
     None for fewer than eight steps.
@@ -259,22 +261,22 @@ def _difference(values, base, interval) -> Difference:
 @dataclasses.dataclass(frozen=True)
 class _Run:
   path: Path
-  rows: list[plots.Row]
-  answers: dict[str, dict[str, dict[str, dict[str, float]]]]
+  rows: list[Row]
+  evaluations: dict[str, dict[str, dict[str, dict[str, float]]]]
   settings: dict[str, Any]
-  judge: str  # where its rewards come from
+  judge: str  # what its rewards come from
 
 
 def _read(run_dirs: Sequence[Path]) -> dict[str, _Run]:
-  """Label -> run; the directory's name where that is enough."""
+  """Label -> run. The label is the directory's name if all differ, else its path."""
   paths = [Path(path) for path in run_dirs]
-  if not 2 <= len(paths) <= len(plots.RUN_COLORS):
+  if not 2 <= len(paths) <= len(style.RUN_COLORS):
     raise ValueError(
-      f"{len(paths)} runs to compare; give two to {len(plots.RUN_COLORS)}, as many as"
-      ' there are colours (make compare RUNS="runs/a runs/b").'
+      f"{len(paths)} runs to compare; give two to {len(style.RUN_COLORS)}, the number"
+      ' of colours (make compare RUNS="runs/a runs/b").'
     )
   if len({path.resolve() for path in paths}) < len(paths):
-    raise ValueError("The same run is there twice; give each once.")
+    raise ValueError("The same run is given twice; give each once.")
   names = [path.resolve().name for path in paths]
   unique = len(set(names)) == len(names)
   return {
@@ -284,45 +286,45 @@ def _read(run_dirs: Sequence[Path]) -> dict[str, _Run]:
 
 
 def _read_run(path: Path) -> _Run:
-  rows = plots.read_metrics(path) if (path / "metrics.jsonl").exists() else []
-  results = plots.read_json(path / "eval" / "results.json")
-  answers, start = {}, {}
+  rows = read_metrics(path) if (path / "metrics.jsonl").exists() else []
+  results = read_json(path / "eval" / "results.json")
+  evaluations, start = {}, {}
   for policy, scores in results.get("policies", {}).items():
     directory = path / "eval" / policy.replace(" ", "_")
-    answers[policy] = {}
+    evaluations[policy] = {}
     for file in sorted(directory.glob("*.responses.jsonl")):
       benchmark = file.name.removesuffix(".responses.jsonl")
       responses = read_responses(file)
       if policy == "start":
         start[benchmark] = responses
-      # What `make eval` took for scores is none of right and wrong here, either.
-      answers[policy][benchmark] = (
-        judging.per_problem(responses, start.get(benchmark, ()))
+      # Graded responses are neither correct nor wrong, as in `make eval`.
+      evaluations[policy][benchmark] = (
+        graded.per_problem(responses, start.get(benchmark, ()))
         if any(key.endswith("/reward_score") for key in scores)
         else per_problem(responses)
       )
-  if not rows and not answers:
+  if not rows and not evaluations:
     raise ValueError(
       f"{path} holds neither metrics.jsonl nor eval/results.json; train it, or evaluate"
       f" it (make eval RUN={path})."
     )
-  config = plots.read_json(path / "config.json")
+  config = read_json(path / "config.json")
   settings = results.get("settings", {})
   judge = _judge(path, settings.get("reward") or config.get("reward", {}))
-  return _Run(path, rows, answers, config | {"evaluated": settings}, judge)
+  return _Run(path, rows, evaluations, config | {"evaluated": settings}, judge)
 
 
 def _judge(path: Path, reward: dict[str, Any]) -> str:
-  """A name of what gave a run's rewards; equal where their scores mean the same."""
+  """Names the judge of a run's rewards; equal names mean comparable scores."""
   verifier = reward.get("verifier", "")
   if verifier != "reward_model":
     return verifier
-  # Its fingerprint, which `make eval` writes down; else its place.
+  # Its fingerprint, which `make eval` records; else its path.
   return reward.get("scored_by") or reward.get("model") or str(path.resolve())
 
 
 def _differing(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
-  """Setting -> run -> value, of those that differ among the runs that have them."""
+  """Setting -> run -> value, of the settings that differ between runs."""
 
   def flat(values, prefix=""):
     for key, value in values.items():
@@ -337,7 +339,7 @@ def _differing(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]
     key: {label: values[key] for label, values in named.items() if key in values}
     for key in keys
   }
-  # What was trained with stands once, not again under what was evaluated with.
+  # A setting of training is not repeated under those of the evaluation.
   return {
     key: values
     for key, values in kept.items()
@@ -354,7 +356,7 @@ def _metrics(lines: Lines) -> list[str]:
 
 
 def _cell(found: Difference | None, column: Column) -> tuple[str, str, bool]:
-  """Value, difference with its interval, and whether that is clear of zero."""
+  """The value, the difference with its interval, and whether it excludes zero."""
   if found is None:
     return "", "", False
 
@@ -384,7 +386,7 @@ def _markdown(table: dict[str, Any]) -> str:
 
 
 def _figure(runs: dict[str, _Run], colors: dict[str, str], path: Path) -> str:
-  """The curves as a picture beside the page, and in it; "" where no run was trained."""
+  """Writes the figure of the curves; returns it as base64, "" without trained runs."""
   trained = {label: run.path for label, run in runs.items() if run.rows}
   if not trained:
     return ""

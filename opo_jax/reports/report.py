@@ -1,8 +1,8 @@
-"""A finished (or half finished) run directory as one HTML page, with its figures.
+"""Writes the report of one run: report.html, with its figures inside.
 
-Reads what training and `make eval` left behind and imports no JAX: a report can be
-made on a laptop from a copied directory. What a run did not measure is left out of
-the page; nothing is shown as zero because it is missing.
+Reads the files that training and `make eval` wrote, of a finished or an unfinished run,
+and imports no JAX: a report can be made on a laptop from a copied directory. The page
+omits what the run did not measure; a missing metric is never shown as zero.
 """
 
 import base64
@@ -13,22 +13,20 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from opo_jax.evaluation.statistics import Column, columns
-from opo_jax.reports.plots import (
-  CHARTS,
-  GAP_BOUND,
+from opo_jax.evaluation import Column, columns
+from opo_jax.reports.charts import CHARTS, GAP_BOUND, render
+from opo_jax.reports.run_files import (
   Row,
   benchmarks,
   graded,
   read_json,
   read_lines,
   read_metrics,
-  render,
   series,
   start_and_last,
 )
 
-# The scores on top of the page, as far as they were measured.
+# The scores at the top of the page, those that were measured.
 HEADLINES = ("pass@1", "reward_score", "true_score", "true_win_rate", "reward_win_rate")
 
 
@@ -37,15 +35,15 @@ def report(run_dir: str | Path) -> Path:
 
   Args:
     run_dir: holds `metrics.jsonl`, and `config.json`, `run.json`, `sft.jsonl`
-      and `samples.jsonl` where they exist. The run may be unfinished: a last line
-      that was cut off by a kill is ignored.
+      and `samples.jsonl` where they exist. The run may be unfinished: an incomplete
+      last line is ignored.
 
   Returns:
-    The path of `report.html`, which holds every figure inside itself.
+    The path of `report.html`, which embeds every figure.
 
   Raises:
-    ValueError: no `metrics.jsonl`, none of its lines complete, or a broken line
-      that is not the last one.
+    ValueError: no `metrics.jsonl`, no complete line in it, or a malformed line that is
+      not the last one.
   """
   run_dir = Path(run_dir)
   rows = read_metrics(run_dir)
@@ -80,8 +78,8 @@ def report(run_dir: str | Path) -> Path:
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
-  """Fills a template of this directory; what is not defined is left out."""
-  # Chainable: a run may lack its config, or an old one a part of it.
+  """Renders a template of this directory; undefined values render as nothing."""
+  # Chainable: a run may lack its config or, if it is old, a section of it.
   html = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -89,13 +87,13 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
     undefined=jinja2.ChainableUndefined,
   )
   page = html.get_template(template).render(**values)
-  # A byte-level tokenizer can leave half a character in a response: show a "?".
+  # A byte-level tokenizer may leave half a character in a response: show a "?".
   path.write_bytes(page.encode("utf-8", errors="replace"))
   return path
 
 
 def _evaluated(run_dir: Path) -> list[dict[str, Any]]:
-  """The tables of `make eval`, where it was run: start and checkpoints."""
+  """The tables of the last `make eval`: the start policy and checkpoints."""
   policies = read_json(run_dir / "eval" / "results.json").get("policies", {})
   rows = list(policies.values())
   return [_score_table(name, list(policies.items())) for name in _names(rows)]
@@ -108,7 +106,10 @@ def _names(rows: list[Row]) -> list[str]:
 def _headlines(
   rows: list[Row], config: Row, sft: list[Row]
 ) -> list[tuple[str, str, str]]:
-  """Label, value and note of each figure on top; without the loss, on purpose."""
+  """Label, value and note of each headline.
+
+  The policy-gradient loss is none of them: its value says nothing about progress.
+  """
   cards = []
   for name in _names(rows):
     ends = start_and_last(rows, name)
@@ -134,7 +135,7 @@ def _headlines(
   seconds = {
     "RL": series(rows, "time/step_s")[1].sum(),
     "evaluation": series(rows, "time/eval_s")[1].sum(),
-    "warm start": series(sft, "time/step_s")[1].sum(),
+    "SFT": series(sft, "time/step_s")[1].sum(),
   }
   if any(seconds.values()):
     parts = [f"{name} {_duration(spent)}" for name, spent in seconds.items() if spent]
@@ -149,18 +150,20 @@ def _headlines(
 def _score_card(
   benchmark: str, column: Column, ends: list[tuple[str, Row]]
 ) -> tuple[str, str, str]:
-  """A score at the start and at the end, with its intervals."""
+  """A headline: a score of the start policy and of the last, with intervals."""
   cells = [(end, *column.cell(row, f"eval/{benchmark}/")) for end, row in ends]
   value = " → ".join(value for _, value, _ in cells)
   note = " → ".join(f"{end} {interval}" for end, _, interval in cells)
   unit = " %" if column.factor == 100 else ""
-  # These spaces do not break, so that an interval stays on one line.
+  # No-break spaces keep an interval on one line.
   return f"{benchmark}, {column.title}", value + unit, note.replace(", ", ",\u00a0")
 
 
 def _score_table(benchmark: str, policies: list[tuple[str, Row]]) -> dict[str, Any]:
-  """Policies as lines, a name and (value, interval) of each column; the scores apart
-  from what the answers look like."""
+  """A line for each policy: its name and (value, interval) of each column.
+
+  Scores and statistics of the responses are two parts.
+  """
   prefix = f"eval/{benchmark}/"
   policies = [
     (name, row) for name, row in policies if any(key.startswith(prefix) for key in row)
@@ -177,16 +180,16 @@ def _score_table(benchmark: str, policies: list[tuple[str, Row]]) -> dict[str, A
 
 
 def _examples(samples: list[Row], *, graded: bool) -> list[tuple[str, Row]]:
-  """(verdict, sample): of each verdict one early, one in the middle and one late.
+  """(verdict, sample): one early, one middle and one late example of each verdict.
 
-  Where answers are more or less good, the verdicts are the highest and the lowest
-  reward of each of these thirds.
+  With graded rewards, the examples are the highest and the lowest reward of each third
+  of the steps.
   """
 
   def verdict(sample: Row) -> str:
     if "reward" not in sample:
       return "unscorable"
-    return "right" if sample["reward"] > 0.5 else "wrong"
+    return "correct" if sample["reward"] > 0.5 else "wrong"
 
   thirds = np.array_split(sorted({sample["step"] for sample in samples}), 3)
   examples = []
@@ -197,7 +200,7 @@ def _examples(samples: list[Row], *, graded: bool) -> list[tuple[str, Row]]:
     )
     if graded and ranked:
       examples += [("high", ranked[-1]), ("low", ranked[0])]
-    for name in ("unscorable",) if graded else ("right", "wrong", "unscorable"):
+    for name in ("unscorable",) if graded else ("correct", "wrong", "unscorable"):
       found = [sample for sample in third if verdict(sample) == name]
       if found:
         examples.append((name, found[i * (len(found) - 1) // 2]))
