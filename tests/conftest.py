@@ -18,9 +18,9 @@ if version("jaxlib").startswith("0.10."):
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
-# JAX's compilation cache outlives the run: the next one, and the other worker of this
-# one, read a program instead of compiling it. The key of an entry holds the program, the
-# version of XLA, its flags and the CPU's features, so that stale entries are never read.
+# JAX's compilation cache outlives the run: the next run, and the other worker of this
+# one, read a program instead of compiling it. The key of an entry holds the program,
+# the version of XLA, its flags and the CPU's features, so that no stale entry is read.
 # JAX_ENABLE_COMPILATION_CACHE=0 switches the cache off.
 _user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
 _programs = pathlib.Path(
