@@ -105,7 +105,7 @@ def test_bad_items_are_none_with_a_reason_and_the_others_keep_their_place():
 
 
 def test_a_hang_inside_of_c_code_ends_at_the_first_signal():
-  """With pebble's handler of SIGTERM, which C code never runs, SIGKILL follows 3 s on."""
+  """C code never runs the handler that pebble sets: SIGKILL would follow after 3 s."""
   with scripted_pool(workers=1) as pool:
     pool.score(["a"], ["a"])
     (worker,) = pool._context._processes
