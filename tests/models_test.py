@@ -1100,7 +1100,8 @@ import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 rank, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=rank)
-from opo_jax import models, sharding
+from opo_jax import models
+from opo_jax.devices import sharding
 from opo_jax.models import hf
 count, original = [0], hf._slice
 def slice_(file, name, index):
