@@ -1,8 +1,8 @@
 """OPO: on-policy reinforcement learning of language models with the optimal baseline.
 
-Start with `loop.py`, the training loop on the host; `learner/update.py` is the update on
-the device, and `advantages.py` holds the paper's estimator. `docs/glossary.md` defines
-every name.
+Start with `loop.py`, the training loop on the host; `learner/update.py` is the update
+on the device, and `advantages.py` holds the paper's estimator. `docs/glossary.md`
+defines every name.
 
     __main__    the commands: train, eval, report, export
     config      every knob on one page

@@ -407,7 +407,9 @@ def test_a_wish_that_cannot_be_met_is_refused(wish, platform, dtype, message):
 def test_build_refuses_a_kernel_that_this_machine_has_not():
   config = Config(model=Model(attention="cudnn"))
   with pytest.raises(ValueError, match="attention cudnn runs on NVIDIA GPUs"):
-    build.build(config, eos_ids=(0,), vocab_size=16)
+    build.abstract_policy(
+      config, build.make_mesh(config), eos_ids=(0,), shape=build.model_config(config)
+    )
 
 
 # --- machines that are not there -----------------------------------------------------

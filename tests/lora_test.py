@@ -14,14 +14,16 @@ from safetensors.numpy import load_file
 
 from experiments import lora_quickstart
 from opo_jax import __main__ as command_line
-from opo_jax import build, commands, loop, models, sampler
+from opo_jax import build, loop, models, sampler
 from opo_jax import learner as trainer
-from opo_jax import run as run_room
 from opo_jax.advantages import ESTIMATORS
+from opo_jax.commands.export import export
+from opo_jax.commands.variance import measure_variance
 from opo_jax.config import SFT, Checkpoint, Config, Eval, Record, Reward, Rollout
 from opo_jax.devices import sharding
 from opo_jax.models import ModelConfig, Policy, lora
 from opo_jax.run import Run, load_policy
+from opo_jax.scorer import VERIFIERS, Verifier
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -317,7 +319,7 @@ def odd_lengths_are_right():
   """A reward that a policy which has learnt nothing earns half of the time."""
   with pytest.MonkeyPatch.context() as patch:
     reward = lambda response, reference: float(len(response) % 2)  # noqa: E731
-    patch.setitem(run_room.VERIFIERS, "arithmetic", reward)
+    patch.setitem(VERIFIERS, "arithmetic", Verifier(reward))
     yield
 
 
@@ -363,8 +365,9 @@ def test_checkpoints_hold_the_adapters_and_their_optimiser_state_alone(run):
     assert sum(f"{part}{matrix}" in name for name in names for matrix in matrices) == 4
   counters = {name for name in names if name.endswith(("step", "count"))}
   assert len(names - counters) == 3 * 4
-  with Run(small_config(), run) as parts:
-    start, trained = parts.load_start(), load_policy(parts)
+  opened = Run(small_config(), run)
+  start = opened.directory.load_start(opened.abstract_policy)
+  trained = load_policy(opened)
   assert not dict(lora.adapters(start))
   assert set(dict(lora.adapters(trained))) == {"query", "down"}
   for name, adapter in lora.adapters(trained):
@@ -417,16 +420,14 @@ def test_exported_adapter_has_pefts_names_and_shapes_and_its_base_beside_it(
 
 def test_what_needs_adapters_or_cannot_have_them_is_refused(run, tmp_path):
   with pytest.raises(ValueError, match="trained every parameter"):
-    commands.export(Config(), tmp_path, tmp_path / "out", adapter_alone=True)
+    export(Config(), tmp_path, tmp_path / "out", adapter_alone=True)
   with pytest.raises(ValueError, match="no adapters; write it whole"):
     models.save_adapter(make_base(), tmp_path / "out", base="")
   with pytest.raises(ValueError, match="trained adapters"):
-    commands.measure_variance(
-      small_config(), run, None, steps=(), prompts=1, samples=2, seed=0
-    )
+    measure_variance(small_config(), run, None, steps=(), prompts=1, samples=2, seed=0)
   model = dataclasses.replace(small_config().model, lora_targets="querry")
   with pytest.raises(ValueError, match="did you mean query"):
-    build.build(small_config(model=model), eos_ids=(), vocab_size=32)
+    build.add_adapters(small_config(model=model), make_base())
 
 
 def test_a_lora_param_is_a_param():

@@ -25,6 +25,7 @@ from opo_jax.models.card import model_card
 from opo_jax.models.config_json import config_from, config_to, read_config
 from opo_jax.models.rope import Llama3Scaling, YarnScaling
 from opo_jax.models.transformer import REMAT, Policy
+from opo_jax.planning.programs import abstract_run
 from opo_jax.rollouts import prompt_columns
 
 # What transformers computed; tests/golden/make_golden.py says with what.
@@ -1028,16 +1029,19 @@ def test_program_does_not_grow_with_depth(remat):
 
 def built(**changes):
   config = Config(**changes)
-  return build.build(config, eos_ids=(1,), vocab_size=10)
+  mesh, shape = build.make_mesh(config), build.model_config(config)
+  return abstract_run(config, mesh, shape, eos_ids=(1,))
 
 
 def test_activations_are_bfloat16_on_accelerators_alone(monkeypatch):
-  assert built().like.dtype == jnp.float32
+  assert built().policy.dtype == jnp.float32
   monkeypatch.setattr(sharding, "on_accelerator", lambda mesh: True)
   parts = built()
-  assert parts.like.dtype == jnp.bfloat16
-  assert {leaf.dtype for leaf in jax.tree.leaves(parts.like)} == {jnp.dtype("float32")}
-  assert built(model=Model(dtype="float32")).like.dtype == jnp.float32
+  assert parts.policy.dtype == jnp.bfloat16
+  assert {leaf.dtype for leaf in jax.tree.leaves(parts.policy)} == {
+    jnp.dtype("float32")
+  }
+  assert built(model=Model(dtype="float32")).policy.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
@@ -1049,7 +1053,7 @@ def test_parameters_and_optimiser_each_have_their_dtype(param_dtype, moment_dtyp
   found = {
     name: {
       str(leaf.dtype)
-      for path, leaf in jax.tree_util.tree_flatten_with_path(parts.like_state)[0]
+      for path, leaf in jax.tree_util.tree_flatten_with_path(parts.state)[0]
       if name in jax.tree_util.keystr(path) and leaf.ndim
     }
     for name in (".policy", ".mu", ".nu")
@@ -1059,7 +1063,7 @@ def test_parameters_and_optimiser_each_have_their_dtype(param_dtype, moment_dtyp
 
 def test_step_of_bfloat16_parameters_is_computed_in_float32():
   """One step of AdamW by hand: g / (|g| + epsilon), whatever the dtypes."""
-  optimizer = build._adamw(
+  optimizer = build.adamw(
     Config(optimizer=Optimizer(max_grad_norm=1e9, epsilon=1e-3)), lambda step: 1.0
   )
   policy = {"w": jnp.array([1.0, -2.0], jnp.bfloat16)}
@@ -1074,11 +1078,12 @@ def test_fresh_takes_config_json_alone(tmp_path):
   (tmp_path / "config.json").write_text(
     json.dumps(golden_config("qwen3_tied") | dict(hidden_size=24))
   )
-  parts = built(
+  changes = dict(
     model=Model(path=str(tmp_path), fresh=True), seed=3, mesh=Mesh(data=8, fsdp=1)
   )
+  policy = build.init_policy(Config(**changes), built(**changes).policy)
   expected = Policy(read_config(tmp_path), jax.random.key(3), eos_ids=(1,))
-  actual, expected = parameters(parts.init()), parameters(expected)
+  actual, expected = parameters(policy), parameters(expected)
   assert actual.keys() == expected.keys()
   for name, leaf in actual.items():
     assert_close(leaf, expected[name], atol=1e-6)

@@ -308,10 +308,10 @@ OWN_PROMPTS = """
   read = []
   distributed.start_processes(sys.argv[1], 2, int(sys.argv[2]))
   mesh = sharding.make_mesh(1, -1, 1)
-  run = SimpleNamespace(parts=SimpleNamespace(mesh=mesh))
+  run = SimpleNamespace(mesh=mesh)
   run.encode = lambda problems: [[problem] * (1 + problem % 3) for problem in problems]
   asked = ProblemStream(Problems(range(12)), seed=0).take(8)
-  own = Run.encode_own(run, asked)
+  own = Run.encode_local(run, asked)
   print(read)
   print(distributed.all_gather_lists(own, mesh, 8))
   import jax

@@ -15,15 +15,15 @@ import pytest
 from experiments.quickstart import get_config
 from opo_jax import __main__ as command_line
 from opo_jax import advantages as adv
-from opo_jax import variance
+from opo_jax import build, sft, variance
 from opo_jax.data import sources
 from opo_jax.devices import sharding
 from opo_jax.learner import response_logprobs
 from opo_jax.models import ModelConfig, Policy
 from opo_jax.rollouts import select
-from opo_jax.run import VERIFIERS, Run
+from opo_jax.run import Run
 from opo_jax.sampler.engine import generate
-from opo_jax.storage.checkpoint import Checkpoints
+from opo_jax.scorer import VERIFIERS, Verifier
 
 CONFIG = ModelConfig(
   vocab_size=32,
@@ -406,20 +406,21 @@ def run(tmp_path_factory):
     model=dataclasses.replace(base.model, width=16, mlp_width=32, num_layers=1),
     sft=dataclasses.replace(base.sft, steps=0),
   )
-  with Run(config, directory) as run:
-    run.write_head()
-    problems = sources.load("arithmetic", "train")
-    state = run.parts.start(run.start_policy())
-    with Checkpoints(directory / "checkpoints", keep=2) as checkpoints:
-      for step in (20, 40):
-        position = sources.ProblemStream(problems, seed=0).state()
-        run.save(checkpoints, step, state, position)
+  run = Run(config, directory)
+  run.write_head()
+  problems = sources.load("arithmetic", "train")
+  state = build.make_learner(config, run.mesh).init(sft.start_policy(run))
+  with run.directory.checkpoints() as checkpoints:
+    for step in (20, 40):
+      position = sources.ProblemStream(problems, seed=0).state()
+      checkpoints.save_state(step, state, position)
   return directory
 
 
 def test_command_writes_its_table_file_and_figure(run, capsys, monkeypatch):
   # A random policy is never right: here even lengths are.
-  monkeypatch.setitem(VERIFIERS, "arithmetic", lambda text, _: len(text) % 2)
+  by_length = Verifier(lambda text, _: len(text) % 2)
+  monkeypatch.setitem(VERIFIERS, "arithmetic", by_length)
   flags = ["--prompts=6", "--samples=8", "--group-sizes=4", "--steps", "0", "40"]
   flags += ["--token-group-size=4", "--shuffles=1", "--chunk=5"]
   assert command_line.main(["variance", str(run), *flags]) == 0

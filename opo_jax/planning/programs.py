@@ -29,19 +29,22 @@ class AbstractRun(NamedTuple):
   state: TrainState
 
 
-def abstract_run(config: Config, mesh: Mesh, shape: ModelConfig) -> AbstractRun:
+def abstract_run(
+  config: Config, mesh: Mesh, shape: ModelConfig, eos_ids: tuple[int, ...] = (0,)
+) -> AbstractRun:
   """The run's policy and state, from shapes alone.
 
   Args:
     config: of the run.
     mesh: of devices that may be absent.
     shape: of the policy.
+    eos_ids: the tokens that end a response; no size depends on them.
 
   Raises:
     ValueError: sizes that do not fit the mesh.
   """
   build.check_remat(config, mesh)
-  policy = build.abstract_policy(config, mesh, eos_ids=(0,), shape=shape)
+  policy = build.abstract_policy(config, mesh, eos_ids=eos_ids, shape=shape)
   learner = build.make_learner(config, mesh)
   trained = jax.eval_shape(lambda p: build.add_adapters(config, p), policy)
   return AbstractRun(policy, learner, learner.abstract_state(trained))
