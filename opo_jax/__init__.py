@@ -4,32 +4,33 @@ Start with `loop.py`, the training loop on the host; `learner/update.py` is the 
 on the device, and `advantages.py` holds the paper's estimator. `docs/glossary.md`
 defines every name.
 
-    __main__    the commands: train, eval, report, export
-    config      every knob on one page
-    loop        prompts -> rollouts -> rewards -> update -> record
-    run         the phases of a step, and what stays the same throughout
-    reward_training preference pairs -> a reward model
-    commands    evaluate, export, ask, measure: a run that is there already
-    build       Config -> policy, optimiser, sampler, update
-    advantages  rewards, lengths, groups -> advantages
-    losses      log-probs, advantages, mask -> scalar
-    logprobs    hidden states x unembedding -> log-prob, entropy, energy
-    rollouts    the one type that crosses rooms
-    trainer     the jitted on-policy update
-    packing     which tokens it computes, and in which rows
-    sampler     prefill once per prompt, decode with a cache
-    sharding    mesh, logical axes, host <-> global arrays
-    checkpoint  Orbax: everything a run needs to go on, together
-    evaluation  pass@k, maj@k, mean@n with intervals; a file of responses
-    diversity   texts -> Self-BLEU, distinct-n, repetition
-    judging     mean scores, and win rates over the start policy
-    metrics     JSON lines, TensorBoard, progress, run.json
-    plots       run directory -> figures
-    report      run directory -> report.html, with the figures inside
-    compare     several runs -> paired differences, compare.html
-    models      one decoder for the families, Hugging Face format in and out
-    data        prompts, sources, preference pairs, two embedded tasks
-    rewards     math verification in processes with a time limit, reward models
+    __main__         command line: parses the config, dispatches the command
+    config           every setting, its flag and its limits
+    loop             the training loop: sample, score, update, record
+    run              context of a run: tokenizer, mesh, policy's shapes, seeds
+    build            config -> policy, sampler, learner
+    protocols        Sampler, Scorer, Learner: what a replacement implements
+    problems         training stream and held-out problems
+    scorer           rollouts -> rewards, overlapped with sampling
+    sft              supervised fine-tuning before RL
+    reward_training  preference pairs -> reward model
+    commands         evaluate, export, sample from and measure a finished run
+    advantages       rewards, lengths, groups -> advantages         (the paper)
+    losses           log-probs, advantages, mask -> loss
+    logprobs         hidden states, unembedding -> log-prob, entropy, energy
+    rollouts         the batch that sampler, scorer and learner share
+    metrics          times, rewards and lengths of a step
+    variance         gradient variance of every estimator
+    sampler          prompts -> rollouts: SamplingParams, prefill, decode loop
+    learner          rollouts, rewards -> next state: packing, update, optimiser
+    models           one decoder for all families, Hugging Face format, LoRA
+    data             sources, mixtures, prompts, decontamination, embedded tasks
+    rewards          math verifier, worker pool, shaping, reward model
+    evaluation       pass@k, maj@k, diversity, win rates, with intervals
+    devices          mesh, processes, memory, profiling, ahead-of-time programs
+    storage          run directory, checkpoints, record of metrics and samples
+    reports          figures, report.html, compare.html
+    planning         memory and time of a run on absent devices
 
 Arrays inside models, sampler and learner end in their shape (`hidden_BTD`). One letter
 has one meaning:
