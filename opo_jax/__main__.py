@@ -6,7 +6,6 @@ name respond at once. A user's mistake ends with one line and exit code 2.
 """
 
 import argparse
-import functools
 import importlib
 import logging
 import os
@@ -205,15 +204,7 @@ def variance(known, flags) -> int:
   from opo_jax.reports import plots
 
   settings = _parse(gradients.Settings(), flags)
-  rows = measure_variance(
-    config,
-    known.run,
-    functools.partial(gradients.measure, settings=settings),
-    steps=settings.steps,
-    prompts=settings.prompts,
-    samples=settings.samples,
-    seed=settings.seed,
-  )
+  rows = measure_variance(config, known.run, settings)
   gradients.show(rows)
   figure = plots.variance_figure(rows, known.run / "figures" / "variance.png")
   print(f"{known.run / 'variance.json'} and {figure}")

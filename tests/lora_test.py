@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from experiments import lora_quickstart
 from opo_jax import __main__ as command_line
-from opo_jax import build, loop, models, sampler
+from opo_jax import build, loop, models, sampler, variance
 from opo_jax import learner as trainer
 from opo_jax.advantages import ESTIMATORS
 from opo_jax.commands.export import export
@@ -424,7 +424,7 @@ def test_what_needs_adapters_or_cannot_have_them_is_refused(run, tmp_path):
   with pytest.raises(ValueError, match="no adapters; write it whole"):
     models.save_adapter(make_base(), tmp_path / "out", base="")
   with pytest.raises(ValueError, match="trained adapters"):
-    measure_variance(small_config(), run, None, steps=(), prompts=1, samples=2, seed=0)
+    measure_variance(small_config(), run, variance.Settings())
   model = dataclasses.replace(small_config().model, lora_targets="querry")
   with pytest.raises(ValueError, match="did you mean query"):
     build.add_adapters(small_config(model=model), make_base())

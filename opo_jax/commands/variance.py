@@ -2,10 +2,9 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
 from typing import Any
 
-from opo_jax import build
+from opo_jax import build, variance
 from opo_jax.config import Config
 from opo_jax.run import Run, load_policy
 from opo_jax.scorer import on_host
@@ -15,23 +14,15 @@ from opo_jax.storage.json_files import write_json
 def measure_variance(
   config: Config,
   directory: pathlib.Path,
-  measure: Callable[..., dict[str, Any]],
-  *,
-  steps: Sequence[int],
-  prompts: int,
-  samples: int,
-  seed: int,
+  settings: variance.Settings,
 ) -> list[dict[str, Any]]:
   """Measures frozen policies of a run on training prompts; writes `variance.json`.
 
   Args:
     config: of the run.
     directory: of the run.
-    measure: (policy, rollouts, rewards [N]) -> a row.
-    steps: of checkpoints, 0 is the start policy; none: the start, the middle, the last.
-    prompts: G, the same for every policy.
-    samples: M, responses per prompt.
-    seed: of prompts and responses.
+    settings: which checkpoints (0 is the start policy; none: the start, the middle and
+      the last), prompts and samples; the prompts are the same for every policy.
 
   Returns:
     A row for each policy, with its `step`.
@@ -42,12 +33,14 @@ def measure_variance(
       " parameter; use a run without --model.lora-rank."
     )
   run = Run(config, directory)
-  kept = run.directory.checkpoint_steps()
+  kept, steps, seed = run.directory.checkpoint_steps(), settings.steps, settings.seed
   if not steps:
     steps = sorted({0, min(kept, key=lambda step: abs(2 * step - kept[-1])), kept[-1]})
   run.directory.check_steps(steps)
-  problems = run.problems.stream(run.seed("variance", seed)).take(prompts)
-  params = dataclasses.replace(build.rollout_params(config), samples_per_prompt=samples)
+  problems = run.problems.stream(run.seed("variance", seed)).take(settings.prompts)
+  params = dataclasses.replace(
+    build.rollout_params(config), samples_per_prompt=settings.samples
+  )
   sampler, rows = build.make_sampler(config), []
   progress = run.terminal.progress("policies", done=0, total=len(steps))
   with run.make_scorer() as scorer, progress as advance:
@@ -62,7 +55,8 @@ def measure_variance(
       )
       scorer.begin(problems)
       rewards = scorer.finish(on_host(rollouts, run.mesh))
-      rows.append({"step": step, **measure(policy, rollouts, rewards.verified)})
+      row = variance.measure(policy, rollouts, rewards.verified, settings)
+      rows.append({"step": step, **row})
       advance()
   write_json(directory / "variance.json", {"policies": rows})
   return rows

@@ -1,7 +1,7 @@
 """Evaluator: a policy's responses to held-out problems, and their scores."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,21 +25,10 @@ class Evaluator:
     sampler: a `protocols.Sampler`.
     scorer: a `protocols.Scorer`; `is_graded` and `final_answer` are read where it has
       them.
-    load_start: () -> the start policy, for win rates over it; None loads the one of the
-      run's directory.
   """
 
-  def __init__(
-    self,
-    run: Run,
-    sampler: Any,
-    scorer: Any,
-    load_start: Callable[[], Any] | None = None,
-  ):
+  def __init__(self, run: Run, sampler: Any, scorer: Any):
     self.run, self.sampler, self.scorer = run, sampler, scorer
-    self._load_start = load_start or functools.partial(
-      run.directory.load_start, run.abstract_policy
-    )
 
   @property
   def is_graded(self) -> bool:
@@ -114,5 +103,5 @@ class Evaluator:
 
   @functools.cached_property
   def _start_responses(self) -> dict[str, list[Response]]:
-    start = self._load_start()
+    start = self.run.directory.load_start(self.run.abstract_policy)
     return {name: self.respond(start, name) for name in self.run.problems.held_out}
