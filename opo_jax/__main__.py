@@ -225,11 +225,12 @@ def plan(known, flags) -> int:
   # Compiled on the CPU of this host, whatever else it has.
   os.environ["JAX_PLATFORMS"] = "cpu"
   config = _parse(_experiment(known.experiment), flags)
-  from opo_jax.planning import plan as planning
+  from opo_jax.planning import command
+  from opo_jax.planning.plan import Assumptions
 
-  settings = planning.Settings(known.mean_length, known.prompt_length)
-  return planning.run(
-    config, known.topology, settings, out=known.out, ranked=known.search
+  assumptions = Assumptions(known.mean_length, known.prompt_length)
+  return command.run(
+    config, known.topology, assumptions, out=known.out, searching=known.search
   )
 
 

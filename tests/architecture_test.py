@@ -38,10 +38,18 @@ MAY_IMPORT = {
   | {"checkpoint", "metrics", "sharding", "config", "sft"},
   "commands": {"run", "data", "metrics", "config", "evaluation"}
   | {"checkpoint"},  # results name the policy they are of
-  "planning": {"build", "sharding", "config"}
-  | {"hlo", "models"}  # what programs move; the shapes of known models
-  | {"decoding"},  # by whose rules a ring grows and slots become fewer
-  "hlo": set(),
+  "planning.command": {"planning.plan", "planning.search", "planning.topologies"}
+  | {"config"},
+  "planning.search": {"planning.plan", "planning.topologies", "config"},
+  "planning.plan": {"planning.topologies", "planning.simulation", "planning.hlo"}
+  | {"planning.jaxpr", "planning.replication"}
+  | {"build", "devices.sharding", "config"}
+  | {"models"},  # the sizes of known models
+  "planning.replication": {"planning.hlo", "planning.jaxpr"},
+  "planning.simulation": {"sampler.decoding"},  # the rules for its ring and slots
+  "planning.topologies": {"config"},  # near names for errors
+  "planning.hlo": set(),
+  "planning.jaxpr": set(),
   "environment": set(),
   "variance": {"advantages", "rollouts"}
   | {"trainer"},  # it differentiates the very log-probs that training does
