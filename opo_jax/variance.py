@@ -83,7 +83,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opo_jax import advantages as adv
-from opo_jax import learner
+from opo_jax import learner as trainer
 from opo_jax.rollouts import Rollouts, rows, select
 
 # What estimators know of each response, arrays of one shape: rewards, lengths, valid,
@@ -164,7 +164,7 @@ def row_gradients(
 
   def objective(policy, row, tokens, mask, coefficients):
     one = jax.tree.map(lambda x: x[None], row)
-    stats = learner.token_stats(policy, one, tokens[None], rollouts.temperature)
+    stats = trainer.token_stats(policy, one, tokens[None], rollouts.temperature)
     weighted = jnp.where(mask, coefficients * stats.logprob[0], 0.0).sum()
     return weighted, jnp.where(mask, stats.energy[0], 0.0)
 
