@@ -14,8 +14,7 @@ from safetensors.numpy import load_file
 
 from experiments import lora_quickstart
 from opo_jax import __main__ as command_line
-from opo_jax import build, commands, loop, models, sampler
-from opo_jax import learner
+from opo_jax import build, commands, learner, loop, models, sampler
 from opo_jax import run as run_room
 from opo_jax.config import Checkpoint, Config, Eval, Record, Reward, Rollout, Sft
 from opo_jax.devices import sharding
