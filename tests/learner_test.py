@@ -595,6 +595,7 @@ def lowered(algorithm=OPO, *, vocab_size=32, samples=4, prompt=16, response=16):
   return state, one.lower(state, rollouts).traced.lower()
 
 
+@pytest.mark.usefixtures("no_compilation_cache")
 def test_the_compiled_update_has_no_logits_and_takes_the_memory_of_the_old_state():
   """At 151,936 words 4,096 tokens would be 2.3 GiB of logits. No array has tokens x
   words numbers, and all of the donated state is used again."""
