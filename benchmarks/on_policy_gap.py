@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opo_jax import losses, models
-from opo_jax.learner.update import response_logprobs
+from opo_jax.learner import response_logprobs
 from opo_jax.models.attention import BACKENDS
 from opo_jax.sampler import generate
 

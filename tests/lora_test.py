@@ -14,9 +14,7 @@ from safetensors.numpy import load_file
 
 from experiments import lora_quickstart
 from opo_jax import __main__ as command_line
-from opo_jax import build, loop, models, sampler, variance
-from opo_jax import learner as trainer
-from opo_jax.advantages import ESTIMATORS
+from opo_jax import build, learner, loop, models, sampler, variance
 from opo_jax.commands.export import export
 from opo_jax.commands.variance import measure_variance
 from opo_jax.config import SFT, Checkpoint, Config, Eval, Record, Reward, Rollout
@@ -42,12 +40,7 @@ RANK, ALPHA = 3, 5.0
 TARGETS = ("q_proj", "value", "o_proj", "down")
 PROMPTS = [list(range(3, 4 + i)) for i in range(8)]
 SGD = optax.sgd(1.0)
-ALGORITHM = trainer.Algorithm(
-  ESTIMATORS["opo"],
-  trainer.OBJECTIVES["policy_gradient"],
-  split=lora.split,
-  join=lora.join,
-)
+ALGORITHM = learner.Algorithm()
 
 
 @functools.cache
@@ -192,15 +185,16 @@ def batch():
 
 def make_state(policy, optimizer=SGD):
   opt_state = optimizer.init(lora.split(policy)[0])
-  return trainer.TrainState(policy, opt_state, sharding.put(np.int32(0), policy.mesh))
+  return learner.TrainState(policy, opt_state, sharding.put(np.int32(0), policy.mesh))
 
 
 def gradient(update, policy):
   """Of what is trained, by a step of SGD; and the new state."""
   before = jax.tree.map(np.array, lora.split(policy)[0])
-  state, metrics, _ = update(make_state(policy), *batch(), jnp.ones(32, bool))
+  state, metrics = update.update(make_state(policy), *batch())
   after, _ = lora.split(state.policy)
-  return jax.tree.map(lambda a, b: a - np.asarray(b), before, after), state, metrics
+  gradient = jax.tree.map(lambda a, b: a - np.asarray(b), before, after)
+  return gradient, state, metrics.scalars
 
 
 def assert_same(actual, expected, tolerance=2e-5):
@@ -211,12 +205,12 @@ def assert_same(actual, expected, tolerance=2e-5):
 
 @functools.cache
 def one_update():
-  return trainer.Update(ALGORITHM, SGD)
+  return learner.PolicyGradientLearner(ALGORITHM, SGD)
 
 
 @functools.cache
 def full_update():
-  return trainer.Update(ALGORITHM, SGD)
+  return learner.PolicyGradientLearner(ALGORITHM, SGD)
 
 
 @pytest.mark.parametrize("seed", [2, 6])
@@ -252,7 +246,9 @@ def test_an_update_shares_the_base_and_takes_the_memory_of_the_adapters():
 def test_gradient_does_not_depend_on_the_mesh_and_adapters_lie_as_their_kernels_do():
   mesh = sharding.make_mesh(2, 2, 2)
   policy = make_adapted(make_base(mesh))
-  on_mesh, state, metrics = gradient(trainer.Update(ALGORITHM, SGD), policy)
+  on_mesh, state, metrics = gradient(
+    learner.PolicyGradientLearner(ALGORITHM, SGD), policy
+  )
   alone, _, _ = gradient(one_update(), make_adapted(make_base()))
   assert_same(on_mesh, alone)
   assert metrics["onpolicy/logprob_diff_max"] < 1e-5
@@ -267,10 +263,10 @@ def test_gradient_does_not_depend_on_the_mesh_and_adapters_lie_as_their_kernels_
 def test_sampler_and_learner_use_the_same_adapted_weights():
   rollouts, _ = batch()
   policy = make_adapted(make_base())
-  learners = trainer.response_logprobs(policy, rollouts)
+  learners = learner.response_logprobs(policy, rollouts)
   # Rounding; and the base, which a sampler that forgot the adapters would use, is far.
   assert np.abs(learners - rollouts.logprobs).max() < 1e-5
-  of_base = trainer.response_logprobs(lora.without(policy), rollouts)
+  of_base = learner.response_logprobs(lora.without(policy), rollouts)
   assert np.abs(of_base - rollouts.logprobs).max() > 0.1
 
 

@@ -21,7 +21,7 @@ from opo_jax.data.preferences import Pair, true_score
 from opo_jax.devices import distributed, sharding
 from opo_jax.evaluation import Response
 from opo_jax.evaluation import graded as judging
-from opo_jax.learner.update import TrainState
+from opo_jax.learner import TrainState
 from opo_jax.models import ModelConfig, Policy
 from opo_jax.rewards import reward_model
 from opo_jax.rewards.reward_model import RewardModel, bradley_terry

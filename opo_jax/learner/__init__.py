@@ -1,10 +1,9 @@
 """Learner: rollouts and rewards in, one optimiser step out."""
 
+from opo_jax.learner.algorithm import OBJECTIVES, Algorithm
 from opo_jax.learner.forward import kl_to_start, response_logprobs, token_stats
-from opo_jax.learner.objectives import OBJECTIVES
 from opo_jax.learner.state import TrainState, abstract_state, init_state
 from opo_jax.learner.update import (
-  Algorithm,
   PolicyGradientLearner,
   UpdateMetrics,
   check_on_policy,

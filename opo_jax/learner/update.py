@@ -7,14 +7,12 @@
                          their tokens lie
     optimizer_steps      gather tokens -> log-probs -> loss -> gradients -> optimiser
 
-The forward pass is in `forward.py`, the losses in `opo_jax/losses.py` (by name in
-`objectives.py`), the baselines in `opo_jax/advantages.py`.
+`algorithm.py` has the settings and the objectives by name, `forward.py` the forward
+pass; losses and baselines are `opo_jax/losses.py` and `opo_jax/advantages.py`.
 """
 
 import dataclasses
-import difflib
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,66 +26,11 @@ from opo_jax.advantages import ESTIMATORS
 from opo_jax.devices import sharding
 from opo_jax.devices.aot import AotProgram
 from opo_jax.learner import metrics, packing
+from opo_jax.learner.algorithm import OBJECTIVES, Algorithm
 from opo_jax.learner.forward import PackedBatch, batch_stats, gather
-from opo_jax.learner.objectives import OBJECTIVES, OPTIONS
 from opo_jax.learner.state import TrainState, abstract_state, init_state
 from opo_jax.models import lora
 from opo_jax.rollouts import Rollouts
-
-
-@dataclasses.dataclass(frozen=True)
-class Algorithm:
-  """What is compiled into an update; plain values, so that it can be hashed and shown.
-
-  Attributes:
-    estimator: a name in `advantages.ESTIMATORS`.
-    objective: a name in `OBJECTIVES`.
-    aggregation: one of `losses.AGGREGATIONS`.
-    normalizer: the denominator of one optimiser step's loss; None counts the step's
-      tokens or responses, as the aggregation says. `constant` needs a number.
-    clip_low, clip_high: bounds of the ratio in ppo_clip, gspo and cispo; None: the
-      default of the loss. Other objectives do not read them.
-    tis_cap: largest importance weight of tis; None: its default.
-    updates_per_batch: optimiser steps per batch of rollouts, each on the groups of an
-      equal share of the prompts. 1 is exact on-policy.
-    micro_batch_tokens: bound on the tokens that are computed at a time, over all
-      devices, padding included; the gradients of an optimiser step add up over them.
-      0: all at once.
-    require_on_policy: refuse rollouts of another policy version.
-    remat: what the backward pass computes again, one of `models.transformer.REMAT`.
-    share_prompts: compute a prompt once for its group; False repeats it before each
-      response, in rows with segment ids, which is what attention kernels take.
-    prune: leave out rollouts whose advantage is exactly zero.
-    pack: several responses to a row.
-
-  Raises:
-    ValueError: an unknown estimator or objective, with the near names.
-  """
-
-  estimator: str = "opo"
-  objective: str = "policy_gradient"
-  aggregation: str = "token_mean"
-  normalizer: float | None = None
-  clip_low: float | None = None
-  clip_high: float | None = None
-  tis_cap: float | None = None
-  updates_per_batch: int = 1
-  micro_batch_tokens: int = 0
-  require_on_policy: bool = True
-  remat: str = "none"
-  share_prompts: bool = True
-  prune: bool = True
-  pack: bool = True
-
-  def __post_init__(self):
-    _check_name("estimator", self.estimator, ESTIMATORS, "--algorithm.advantage")
-    _check_name("objective", self.objective, OBJECTIVES, "--algorithm.loss")
-
-  @property
-  def objective_options(self) -> dict[str, float]:
-    """The options that the objective takes and that are set."""
-    options = {name: getattr(self, name) for name in OPTIONS.get(self.objective, ())}
-    return {name: value for name, value in options.items() if value is not None}
 
 
 class UpdateMetrics(NamedTuple):
@@ -100,6 +43,34 @@ class UpdateMetrics(NamedTuple):
 
   scalars: dict[str, jax.Array | float]
   advantages: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScoredRollouts:
+  """What is known of a batch before any token goes through the model.
+
+  Attributes:
+    advantages: [N].
+    normalizers: [optimiser steps] float32, the denominator of each one's loss.
+    last_token: [N] columns up to and including the last trainable token of a response;
+      0: the row does not count.
+    prompt_ids: [N].
+    prompt_lengths: [G].
+  """
+
+  advantages: jax.Array
+  normalizers: jax.Array
+  last_token: jax.Array
+  prompt_ids: jax.Array
+  prompt_lengths: jax.Array
+
+
+class _Programs(NamedTuple):
+  """The jitted halves of an update."""
+
+  compute_advantages: jax.stages.Wrapped
+  optimizer_steps: jax.stages.Wrapped
 
 
 class PolicyGradientLearner:
@@ -128,11 +99,11 @@ class PolicyGradientLearner:
     return self.algorithm.require_on_policy
 
   def init(self, policy: Any) -> TrainState:
-    """The state before the first update, see `init_state`."""
+    """The state before the first update, see `state.init_state`."""
     return init_state(policy, self.optimizer, offload=self.offload)
 
   def abstract_state(self, abstract_policy: Any) -> TrainState:
-    """Shapes and layout of the state, see the function of this name."""
+    """Shapes, dtypes and layout of what `init` gives, see `state.abstract_state`."""
     return abstract_state(abstract_policy, self.optimizer, offload=self.offload)
 
   def update(
@@ -144,11 +115,11 @@ class PolicyGradientLearner:
       state: donated, except for the frozen part of its policy, which the new state
         shares; do not use it afterwards.
       rollouts: N rows.
-      rewards: [N]; NaN leaves the row out of baseline, loss and normaliser.
+      rewards: [N], equal on all hosts; NaN leaves the row out of baseline, loss and
+        normaliser.
 
     Returns:
-      The new state, and what was measured. It returns as soon as the work is handed to
-      the devices.
+      The new state, and what was measured, while the devices are still at work on both.
 
     Raises:
       ValueError: rollouts of another policy version in exact on-policy training, or a
@@ -158,9 +129,13 @@ class PolicyGradientLearner:
       check_on_policy(state, rollouts)
     trained, frozen = state.split()
     programs = self._compiled(trained)
-    scored, group_metrics = programs.advantages(rollouts, *_zero_for_nan(rewards))
+    scored, group_metrics = programs.compute_advantages(
+      rollouts, *_zero_for_nan(rewards)
+    )
     plan = self._plan(rollouts, jax.device_get(scored), state.policy.mesh)
-    trained, measured = programs.steps(trained, frozen, rollouts, scored, plan)
+    trained, measured = programs.optimizer_steps(
+      trained, frozen, rollouts, scored, plan
+    )
     scalars = group_metrics | measured | metrics.plan_metrics(plan)
     if not plan.tokens:  # nothing went through the model: there is no gap to report
       scalars = {k: v for k, v in scalars.items() if not k.startswith("onpolicy/")}
@@ -175,9 +150,9 @@ class PolicyGradientLearner:
     """
     trained, frozen = state.split()
     programs = self._compiled(trained)
-    scored, _ = programs.advantages(rollouts, *_zero_for_nan(rewards))
+    scored, _ = programs.compute_advantages(rollouts, *_zero_for_nan(rewards))
     plan = self._plan(rollouts, jax.device_get(scored), state.policy.mesh)
-    lowered = programs.steps.lower(trained, frozen, rollouts, scored, plan)
+    lowered = programs.optimizer_steps.lower(trained, frozen, rollouts, scored, plan)
     return lowered.compile().memory_analysis()
 
   def lower(
@@ -200,7 +175,7 @@ class PolicyGradientLearner:
       rollouts.prompts.shape,
     )
     row = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
-    scored, _ = jax.eval_shape(programs.advantages, rollouts, row, row)
+    scored, _ = jax.eval_shape(programs.compute_advantages, rollouts, row, row)
     largest = ScoredRollouts(
       advantages=np.ones(num_rows),
       normalizers=None,
@@ -209,11 +184,11 @@ class PolicyGradientLearner:
       prompt_lengths=np.full(num_groups, prompt_width),
     )
     plan = self._plan(rollouts, largest, mesh)
-    traced = programs.steps.trace(trained, frozen, rollouts, scored, plan)
+    traced = programs.optimizer_steps.trace(trained, frozen, rollouts, scored, plan)
     rounds = int(plan.micro_batches.max())
     return AotProgram("update", traced, {"rollouts": rollouts}, rounds=rounds)
 
-  def _compiled(self, trained: TrainState) -> "_Programs":
+  def _compiled(self, trained: TrainState) -> _Programs:
     """The jitted programs; the layout of the first state is that of every later one."""
     if self._programs is not None:
       return self._programs
@@ -225,10 +200,10 @@ class PolicyGradientLearner:
     # change, and the next sampling would compile again.
     layout = jax.tree.map(lambda leaf: leaf.sharding, trained)
     self._programs = _Programs(
-      advantages=jax.jit(
+      compute_advantages=jax.jit(
         functools.partial(compute_advantages, self.algorithm), out_shardings=everywhere
       ),
-      steps=jax.jit(
+      optimizer_steps=jax.jit(
         functools.partial(optimizer_steps, self.algorithm, self.optimizer),
         donate_argnums=0,
         out_shardings=(layout, None),
@@ -237,7 +212,7 @@ class PolicyGradientLearner:
     return self._programs
 
   def _plan(
-    self, rollouts: Rollouts, scored: "ScoredRollouts", mesh: Mesh | None
+    self, rollouts: Rollouts, scored: ScoredRollouts, mesh: Mesh | None
   ) -> packing.Plan:
     algorithm, num_groups = self.algorithm, rollouts.num_groups
     if num_groups % algorithm.updates_per_batch:
@@ -259,11 +234,6 @@ class PolicyGradientLearner:
       micro_batch_tokens=algorithm.micro_batch_tokens,
       pack=algorithm.pack,
     )
-
-
-class _Programs(NamedTuple):
-  advantages: Callable[..., tuple["ScoredRollouts", dict[str, jax.Array]]]
-  steps: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
 # --- before the update ---------------------------------------------------------------
@@ -295,27 +265,6 @@ def _zero_for_nan(rewards) -> tuple[jax.Array, jax.Array]:
   rewards = np.asarray(rewards)
   valid = ~np.isnan(rewards)
   return jnp.asarray(np.where(valid, rewards, 0.0)), jnp.asarray(valid)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ScoredRollouts:
-  """What is known of a batch before any token goes through the model.
-
-  Attributes:
-    advantages: [N].
-    normalizers: [optimiser steps] float32, the denominator of each one's loss.
-    last_token: [N] columns up to and including the last trainable token of a response;
-      0: the row does not count.
-    prompt_ids: [N].
-    prompt_lengths: [G].
-  """
-
-  advantages: jax.Array
-  normalizers: jax.Array
-  last_token: jax.Array
-  prompt_ids: jax.Array
-  prompt_lengths: jax.Array
 
 
 def compute_advantages(
@@ -388,33 +337,18 @@ def optimizer_steps(
     The new state, and metrics of the tokens that were computed.
   """
 
-  def loss_of(trained, batch, normalizer):
-    policy = lora.join(trained, frozen)
-    return _loss(policy, batch, algorithm, rollouts.temperature, normalizer)
-
   def optimizer_step(carry, step):
     trained, opt_state = carry
     layout, num_micro_batches, normalizer = step
-    mesh = lora.join(trained, frozen).mesh
-
-    def add_micro_batch(index, totals):
-      grads, sums = totals
-      own = jax.tree.map(lambda array: array[index], layout)
-      batch = gather(rollouts, scored.advantages, own, mesh)
-      (loss, new), new_grads = jax.value_and_grad(loss_of, has_aux=True)(
-        trained, batch, normalizer
-      )
-      grads = jax.tree.map(lambda total, new: total + new, grads, new_grads)
-      return grads, _add_up(sums, {"loss": loss, **new})
-
-    # Gradients add up in float32, whatever the dtype of the parameters: in bfloat16 a
-    # sum of 30 micro-batches would be off by a hundredth.
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained)
-    nothing = {name: jnp.float32(0.0) for name in ("loss", *_SUMS)}
-    # A loop with a bound that is data: how many micro-batches a step has does not
-    # compile another program.
-    grads, sums = jax.lax.fori_loop(
-      0, num_micro_batches, add_micro_batch, (zeros, nothing)
+    grads, sums = _sum_gradients(
+      algorithm,
+      trained,
+      frozen,
+      rollouts,
+      scored.advantages,
+      layout,
+      num_micro_batches,
+      normalizer,
     )
     with jax.named_scope("optimizer"):
       change, opt_state = optimizer.update(grads, opt_state, trained)
@@ -429,6 +363,44 @@ def optimizer_steps(
   )
   state = TrainState(trained, opt_state, state.step + 1)
   return state, metrics.token_metrics(sums, rollouts, plan.left_out)
+
+
+def _sum_gradients(
+  algorithm: Algorithm,
+  trained: Any,
+  frozen: Any,
+  rollouts: Rollouts,
+  advantages: jax.Array,
+  layout: packing.Layout,
+  num_micro_batches: jax.Array,
+  normalizer: jax.Array,
+) -> tuple[Any, dict[str, jax.Array]]:
+  """The gradient of one optimiser step, and what was measured on its tokens.
+
+  Args:
+    layout: of its micro-batches, with one leading axis.
+    num_micro_batches: how many of them hold anything.
+    normalizer: the denominator of the step's loss.
+  """
+
+  def loss_of(trained, batch):
+    policy = lora.join(trained, frozen)
+    return _loss(policy, batch, algorithm, rollouts.temperature, normalizer)
+
+  def add_micro_batch(index, totals):
+    grads, sums = totals
+    own = jax.tree.map(lambda array: array[index], layout)
+    batch = gather(rollouts, advantages, own, trained.mesh)
+    (loss, new), new_grads = jax.value_and_grad(loss_of, has_aux=True)(trained, batch)
+    grads = jax.tree.map(lambda total, new: total + new, grads, new_grads)
+    return grads, _add_up(sums, {"loss": loss, **new})
+
+  # Gradients add up in float32, whatever the dtype of the parameters: in bfloat16 a sum
+  # of 30 micro-batches would be off by a hundredth.
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained)
+  nothing = {name: jnp.float32(0.0) for name in ("loss", *_SUMS)}
+  # The bound of the loop is data: another number of micro-batches is the same program.
+  return jax.lax.fori_loop(0, num_micro_batches, add_micro_batch, (zeros, nothing))
 
 
 # Sums over trainable tokens that a micro-batch measures besides its loss (`diff_max` is
@@ -477,12 +449,3 @@ def _add_up(totals, new):
     else totals[name] + new[name]
     for name in totals
   }
-
-
-def _check_name(kind: str, name: str, table: dict[str, Any], flag: str) -> None:
-  if name not in table:
-    near = difflib.get_close_matches(str(name), table, n=1)
-    hint = f"did you mean {near[0]}? There" if near else "there"
-    raise ValueError(
-      f"Unknown {kind} {name!r}; {hint} are {', '.join(table)} ({flag})."
-    )

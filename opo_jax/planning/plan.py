@@ -19,8 +19,10 @@ from jax.sharding import Mesh
 from opo_jax import build
 from opo_jax.config import Config
 from opo_jax.devices import sharding
+from opo_jax.devices.aot import AotProgram
 from opo_jax.models import ModelConfig
 from opo_jax.planning import hlo, jaxpr, replication, topologies
+from opo_jax.planning.programs import kept_bytes, lower_run
 from opo_jax.planning.simulation import assumed_lengths, simulate_decoding
 
 
@@ -161,51 +163,9 @@ def plan(
   }
 
 
-# --- the run's programs, from shapes alone -------------------------------------------
-
-
-def _abstract_run(config: Config, mesh: Mesh, shape: ModelConfig) -> build.Parts:
-  build.check_batch(config, mesh)
-  return build.build(
-    config, eos_ids=(0,), vocab_size=shape.vocab_size, mesh=mesh, shape=shape
-  )
-
-
-def kept_bytes(config: Config, mesh: Mesh, shape: ModelConfig) -> dict[str, int]:
-  """Bytes that stay on each device all the run: parameters, optimiser, start.
-
-  With adapters, state and start share the frozen parameters: they count once.
-  """
-  run = _abstract_run(config, mesh, shape)
-  parameters = sharding.share_bytes(run.like_state.policy)
-  _, frozen = run.update.split(run.like_state)
-  return {
-    "parameters": parameters,
-    "optimiser": sharding.share_bytes(run.like_state) - parameters,
-    "start": sharding.share_bytes(run.like) - sharding.share_bytes(frozen),
-  }
-
-
-def lower_run(
-  config: Config,
-  mesh: Mesh,
-  shape: ModelConfig,
-  *,
-  prompt_tokens: int,
-  free_bytes: int | None = None,
-) -> list[build.Ahead]:
-  """The programs of a step at their largest, traced; nothing is compiled yet.
-
-  Args:
-    free_bytes: of a device, beside what is kept; decides how many slots decode.
-  """
-  run = _abstract_run(config, mesh, shape)
-  return run.trace(prompt_tokens=prompt_tokens, free_bytes=free_bytes)
-
-
 def model_shape(config: Config) -> ModelConfig:
   """The policy's sizes; those of a known model need no network."""
-  return KNOWN_MODELS.get(config.model.path) or build.read_shape(config)
+  return KNOWN_MODELS.get(config.model.path) or build.model_config(config)
 
 
 # The numbers in the config.json of models that experiments name.
@@ -256,7 +216,7 @@ class _Cost:
 
 
 def _measure(
-  program: build.Ahead,
+  program: AotProgram,
   kept: dict[str, int],
   chip: topologies.Chip,
   mesh: Mesh,
@@ -302,7 +262,7 @@ def _measure(
   )
 
 
-def _trip_count(program: build.Ahead, config: Config, assumptions: Assumptions) -> int:
+def _trip_count(program: AotProgram, config: Config, assumptions: Assumptions) -> int:
   """Of the program's dynamic loop: the update's micro-batches, else 1 token.
 
   The program is that of responses of full length; those of the mean length fill fewer

@@ -43,6 +43,7 @@ def abstract_run(
   Raises:
     ValueError: sizes that do not fit the mesh.
   """
+  build.check_batch(config, mesh)
   build.check_remat(config, mesh)
   policy = build.abstract_policy(config, mesh, eos_ids=eos_ids, shape=shape)
   learner = build.make_learner(config, mesh)
@@ -50,8 +51,9 @@ def abstract_run(
   return AbstractRun(policy, learner, learner.abstract_state(trained))
 
 
-def kept_bytes(run: AbstractRun) -> dict[str, int]:
-  """Bytes per device, by kind, that stay there all the run."""
+def kept_bytes(config: Config, mesh: Mesh, shape: ModelConfig) -> dict[str, int]:
+  """Bytes that stay on each device all the run: parameters, optimiser, start."""
+  run = abstract_run(config, mesh, shape)
   _, frozen = lora.split(run.state.policy)
   parameters = sharding.share_bytes(run.state.policy)
   return {
@@ -64,7 +66,8 @@ def kept_bytes(run: AbstractRun) -> dict[str, int]:
 
 def lower_run(
   config: Config,
-  run: AbstractRun,
+  mesh: Mesh,
+  shape: ModelConfig,
   *,
   prompt_tokens: int,
   free_bytes: int | None = None,
@@ -73,11 +76,12 @@ def lower_run(
 
   Args:
     config: of the run.
-    run: what `abstract_run` gives.
+    mesh: of devices that may be absent.
+    shape: of the policy.
     prompt_tokens: length of every prompt.
     free_bytes: of a device beside what the run keeps there; None asks the device.
   """
-  rollout = config.rollout
+  run, rollout = abstract_run(config, mesh, shape), config.rollout
   programs = build.make_sampler(config).lower(
     run.policy,
     build.rollout_params(config),
@@ -85,7 +89,7 @@ def lower_run(
     prompt_tokens=prompt_tokens,
     free_bytes=free_bytes,
   )
-  rollouts = _abstract_rollouts(config, run.policy.mesh, sampler.bucket(prompt_tokens))
+  rollouts = _abstract_rollouts(config, mesh, sampler.bucket(prompt_tokens))
   return [*programs, run.learner.lower(run.state, rollouts)]
 
 
