@@ -21,7 +21,7 @@ from opo_jax.config import Config
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("[a-z]*.py"))
-# Where flags and files are named: pages, experiments, launch files, code and its errors.
+# Files that name flags and other files; the code does so in docstrings and errors.
 SOURCES = [
   *PAGES,
   *(ROOT / "experiments").glob("*.*"),
