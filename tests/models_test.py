@@ -440,7 +440,8 @@ def test_fresh_weights_are_those_of_the_family():
     golden_config("llama_3_2_tied_all_biases")
     | dict(hidden_size=96, intermediate_size=192, vocab_size=256)
   )
-  for name, leaf in parameters(Policy(config, jax.random.key(0))).items():
+  fresh = jax.jit(lambda key: Policy(config, key))(jax.random.key(0))
+  for name, leaf in parameters(fresh).items():
     if ".bias" in name:
       assert (leaf == 0).all(), name
     elif ".scale" in name:
@@ -748,8 +749,8 @@ def test_keys_without_positions_are_refused_under_a_sliding_window():
   policy = random_policy(sliding_window=4, sliding_layers=(1,))
   tokens = random_tokens(0, 1, 3)
   positions = np.arange(3)[None]
-  _, (keys, values) = policy.hidden(tokens, positions)
-  cache = (Keys(keys, values, np.ones((1, 1, 3), bool)),)
+  keys = np.zeros((3, 1, 2, 3, 8), np.float32)  # layer, row, head, position, width
+  cache = (Keys(keys, keys, np.ones((1, 1, 3), bool)),)
   with pytest.raises(ValueError, match=r"Keys\.positions"):
     policy.hidden(tokens, positions + 3, cache=cache)
 
@@ -801,6 +802,12 @@ def numpy_attention(query, key, value, mask):
   return out
 
 
+def attend(query, *parts, window=None, positions=None):
+  """`attention` as one program."""
+  run = jax.jit(functools.partial(attention, window=window))
+  return run(query, parts, positions=positions)
+
+
 def random_attention(B=6, T=4, S=7, H=6, K=2, E=10):
   random = np.random.default_rng(11)
   query = random.normal(size=(B, T, H, E)).astype(np.float32)
@@ -813,7 +820,7 @@ def random_attention(B=6, T=4, S=7, H=6, K=2, E=10):
 def test_attention_equals_a_loop_over_queries_and_heads():
   query, key, value, mask = random_attention()
   expected = numpy_attention(query, key, value, mask)
-  actual = attention(query, [Keys(key, value, mask)])
+  actual = attend(query, Keys(key, value, mask))
   # Float32 scores of order 10: 1e-6 each.
   assert_close(actual, expected, atol=1e-5)
 
@@ -824,11 +831,11 @@ def test_split_keys_equal_keys_in_one_part():
     Keys(key[:, :, i:j], value[:, :, i:j], mask[:, :, i:j])
     for i, j in [(0, 3), (3, 4), (4, 7)]
   ]
-  expected = attention(query, [Keys(key, value, mask)])
-  assert_close(attention(query, parts), expected, atol=1e-5)
+  expected = attend(query, Keys(key, value, mask))
+  assert_close(attend(query, *parts), expected, atol=1e-5)
   # A part that nobody may see adds nothing, whatever lies in it.
   blind = Keys(100 * key, -100 * value, np.zeros_like(mask))
-  assert_close(attention(query, [blind, *parts]), expected, atol=1e-5)
+  assert_close(attend(query, blind, *parts), expected, atol=1e-5)
 
 
 def test_query_that_may_see_nothing_gives_no_nan():
@@ -839,9 +846,7 @@ def test_query_that_may_see_nothing_gives_no_nan():
     out = attention(query, [Keys(key, value, mask), Keys(key, value, mask)])
     return jnp.where(mask.any(-1)[..., None, None], out, 0.0).sum(), out
 
-  (_, out), gradients = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(
-    query, key, value
-  )
+  gradients, out = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(query, key, value)
   assert np.isfinite(out).all()
   assert all(np.isfinite(gradient).all() for gradient in gradients)
   assert (gradients[0][1, 2] == 0).all() and (gradients[0][1, 1] != 0).all()
@@ -853,8 +858,8 @@ def test_shared_keys_equal_repeated_keys():
   own = Keys(key, value, mask)
   _, key, value, mask = random_attention(B=2, T=1, S=5)
   repeated = Keys(*(np.repeat(x, 3, axis=0) for x in (key, value, mask)))
-  expected = attention(query, [repeated, own])
-  assert_close(attention(query, [Keys(key, value, mask), own]), expected, atol=1e-5)
+  expected = attend(query, repeated, own)
+  assert_close(attend(query, Keys(key, value, mask), own), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("shared", ["in sequence", "by rows"])
@@ -873,7 +878,7 @@ def test_window_counts_back_from_each_query_under_shared_keys(shared):
   expected = numpy_attention(query, key[entry], value[entry], seen)
   rows = None if shared == "in sequence" else entry[None]
   part = Keys(key, value, mask, rows=rows, positions=key_positions)
-  actual = attention(query, [part], positions=positions, window=window)
+  actual = attend(query, part, positions=positions, window=window)
   assert_close(actual, expected, atol=1e-5)
 
 
@@ -927,8 +932,8 @@ def test_bfloat16_activations_keep_float32_parameters_and_logits(tmp_path):
 
 @pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 2, 2), (8, 1, 1), (1, 1, 8)])
 def test_each_device_looks_up_and_learns_its_own_part_of_the_table(sizes):
-  mesh, key = sharding.make_mesh(*sizes), jax.random.key(0)
-  table = jax.random.normal(key, (24, 16))
+  mesh = sharding.make_mesh(*sizes)
+  table = jnp.asarray(np.random.default_rng(0).normal(size=(24, 16)), jnp.float32)
   tokens = random_tokens(14, 8, 5, vocab_size=24)  # each about twice
 
   def looked_up(table, mesh):
@@ -942,7 +947,9 @@ def test_each_device_looks_up_and_learns_its_own_part_of_the_table(sizes):
   spread = jax.device_put(table, layout)
   found = jax.jit(looked_up, static_argnums=1)(spread, mesh)[1]
   assert np.array_equal(found, table.astype(jnp.bfloat16)[tokens])
-  expected = jax.grad(lambda table: (looked_up(table, None)[0] ** 2).sum())(table)
+  expected = jax.jit(
+    jax.grad(lambda table: (looked_up(table, None)[0] ** 2).sum())
+  )(table)  # fmt: skip
   compiled = jax.jit(gradient).lower(spread).compile()
   np.testing.assert_allclose(compiled(spread), expected, rtol=1e-5, atol=1e-5)
   assert compiled.output_shardings.is_equivalent_to(layout, 2)
