@@ -1,13 +1,21 @@
-"""Log-prob, entropy and logit energy per token, without all logits at once.
+"""Computes log-prob, entropy and logit energy per token without storing all logits.
 
-The logits of a long batch, `[tokens, V]`, are the largest array of the whole update
-and nothing needs them together. Here the vocabulary goes by in blocks: one is
-projected, summed up in five numbers a token, and forgotten; the sums of all blocks
-merge as log-sum-exps do. The backward pass projects each block again.
+The logits of a long batch, `[tokens, V]`, would be the largest array of the update, and
+no result needs all of them. The vocabulary is processed in blocks: each block is
+projected and reduced to five sums per token; the sums of all blocks are combined like
+log-sum-exps. The backward pass projects each block again.
 
-The blocks are of the vocabulary, not of the tokens, because a block of words then gets
-its whole gradient from one matmul: nothing of the size [V, D] is read and written per
-block, and where the batch is sharded each word's gradient crosses devices once.
+The vocabulary is blocked, not the tokens: a block of words then gets its whole gradient
+from one matmul, so that no array of size [V, D] is read and written per block, and over
+a sharded batch the gradient of each word crosses devices once.
+
+A vocabulary of 10 in S = 2 shards, with 2 blocks of W = 3 words each. Blocks are laid
+out from the end of the shard, so that the first one may overlap the second:
+
+    shard             0              1
+    ids           0 1 2 3 4      5 6 7 8 9
+    block 0       x x o          x x o            o: projected, but not counted:
+    block 1           x x x          x x x           block 1 counts these words
 """
 
 import functools
@@ -18,17 +26,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Logits alive at a time (2^25 float32 are 128 MiB), but never fewer words than make a
-# large matmul.
+# Logits in memory at a time (2^25 float32 take 128 MiB), and the fewest words of a
+# block that still make a large matmul.
 BLOCK_LOGITS, MIN_BLOCK = 2**25, 2048
-# Blocks of more words are whole tiles of the matmul units.
+# Larger blocks are whole tiles of the matmul units.
 TILE = 128
-# The logit of a word that does not count: exp gives 0, and 0 times it is 0, not NaN.
+# The logit of a word that is not counted: its exp is 0, and 0 * -1e9 is 0, where
+# 0 * -inf would be NaN.
 ABSENT = -1e9
 
 
 class TokenStats(NamedTuple):
-  """Per token, float32: of the distribution `pi = softmax(z / temperature)`.
+  """Statistics per token, float32, of the distribution `pi = softmax(z / temperature)`.
 
   Attributes:
     logprob: log pi(target).
@@ -61,35 +70,36 @@ def linear_logprobs(
       d entropy / dz_v = -pi_v (log pi_v + entropy)
       d energy  / dz_v = 2 pi_v (pi_v - sum pi^2) - 2 pi_y ([v = y] - pi_v)
 
-  exact for hidden, unembedding and temperature. They come by `jax.grad` and `jax.vjp`,
-  under `jit`, `vmap`, `scan` and `checkpoint` too; forward mode (`jax.jvp`, and with it
-  a second derivative) is not there.
+  exact for hidden, unembedding and temperature. Reverse mode (`jax.grad`, `jax.vjp`)
+  works under `jit`, `vmap`, `scan` and `checkpoint`; forward mode (`jax.jvp`), and with
+  it a second derivative, is not supported.
 
   Factors in bfloat16 or float16 are multiplied as such and summed in float32, in the
-  backward pass too, where the gradient of the logits is one of them. All else is
+  backward pass as well, where the gradient of the logits is a factor. All else is
   float32, and float32 factors are multiplied at the highest precision.
 
   Args:
     hidden: [..., D], any float dtype.
-    unembedding: [V, D], any float dtype. A tied table is simply given here as well:
-      its two gradients add up.
+    unembedding: [V, D], any float dtype. A tied table is passed here as well: its two
+      gradients add up.
     targets: [...] integers in `[0, vocab_size)`. Another one makes its log-prob and
       energy NaN; a loss that masks such tokens with `where` has finite gradients.
     temperature: the sampler's, a number or scalar above 0: part of the distribution.
-    vocab_size: rows of the unembedding from here on are padding and have no
-      probability and no gradient. All count by default.
-    vocab_shards: in how many parts the rows of the unembedding lie on different
-      devices, the mesh's size along `tensor`. Blocks are cut inside each part, so that
-      no device needs the rows of another. Only the time depends on it.
-    block_size: words of each part that are projected at a time. The default keeps 2^25
-      logits, but at least 2,048 words in all. Only time and memory depend on it.
+    vocab_size: rows of the unembedding from this one on are padding, without
+      probability or gradient. None: no padding.
+    vocab_shards: number of shards S of the rows of the unembedding, the mesh's size
+      along `tensor`. Blocks are cut within each shard, so that no device needs the rows
+      of another. Only the time depends on it.
+    block_size: words of each shard that are projected at a time. The default is 2^25
+      logits, but at least 2,048 words over all shards. Only time and memory depend on
+      it.
 
   Returns:
     TokenStats of arrays [...], float32.
 
   Raises:
-    ValueError: shapes or dtypes that do not fit, sizes out of range, and, where they
-      are NumPy arrays or plain numbers, targets or a temperature out of range.
+    ValueError: mismatched shapes or dtypes, sizes out of range, and, in NumPy arrays or
+      plain numbers, targets or a temperature out of range.
 
   >>> hidden, unembedding = jnp.ones((2, 3, 4)), jnp.zeros((10, 4))
   >>> stats = linear_logprobs(hidden, unembedding, jnp.zeros((2, 3), int))
@@ -103,7 +113,7 @@ def linear_logprobs(
   shard = num_words // vocab_shards
   if block_size is None:
     words = max(MIN_BLOCK, BLOCK_LOGITS // max(num_tokens, 1)) // vocab_shards
-    # Blocks of about one size, so that the last is not nearly empty.
+    # Blocks of similar size: the overlap of the first two wastes less.
     blocks = -(-shard // max(words, TILE))
     block_size = -(-shard // (blocks * TILE)) * TILE
   block_size = min(block_size, shard)
@@ -166,17 +176,27 @@ class _Blocking(NamedTuple):
 
 
 class _Sums(NamedTuple):
-  """Over a set of words, of their scaled logits z; each [..., tokens]."""
+  """Sums over a set of words of their scaled logits z, each [..., tokens].
+
+  Everything is relative to the largest logit, so that nothing overflows.
+  """
 
   top: jax.Array  # max z
   mass: jax.Array  # sum exp(z - top)
   moment: jax.Array  # sum (z - top) exp(z - top)
-  square: jax.Array  # sum exp(2 (z - top)) without the target
-  target: jax.Array  # z of the target, 0 where it is not in the set
+  square: jax.Array  # sum exp(2 (z - top)) over the words other than the target
+  target: jax.Array  # z of the target, 0 if it is not in the set
 
 
 def _union(sums: _Sums) -> _Sums:
-  """Sums over the union of the sets along the two leading axes."""
+  """Combines sums [shards, blocks, tokens] into those over all words, [tokens].
+
+  With shift = top_b - top of block b:
+
+      mass    exp(shift) mass_b
+      moment  exp(shift) (moment_b + shift mass_b), since z - top = z - top_b + shift
+      square  exp(shift)^2 square_b
+  """
   axes = (0, 1)
   top = sums.top.max(axes)
   shift = sums.top - top
@@ -192,7 +212,7 @@ def _union(sums: _Sums) -> _Sums:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_stats(blocking, hidden_TD, table_SVD, targets_T, temperature):
-  """`linear_logprobs` of one row of tokens, the unembedding in S shards."""
+  """`linear_logprobs` of one row of tokens, with the unembedding in S shards."""
   return _forward(blocking, hidden_TD, table_SVD, targets_T, temperature)[0]
 
 
@@ -218,9 +238,10 @@ def _forward(blocking, hidden_TD, table_SVD, targets_T, temperature):
   sums = _union(_per_shard(sums_of_shard, table_SVD))
   log_mass = jnp.log(sums.mass)
   known = (targets_T >= 0) & (targets_T < blocking.vocab_size)
-  # Not target - (top + log_mass): the sum would round to the ulp of the largest logit.
+  # Not target - (top + log_mass): that sum rounds to the ulp of the largest logit.
   logprob = jnp.where(known, (sums.target - sums.top) - log_mass, jnp.nan)
-  # sum over the words other than the target of pi^2; and 1 - pi(target) is -expm1.
+  # others: sum of pi^2 over the words other than the target. 1 - pi(target), as -expm1,
+  # keeps its digits where pi(target) is near 1.
   others = sums.square / sums.mass**2
   energy = jnp.expm1(logprob) ** 2 + others
   stats = TokenStats(logprob, log_mass - sums.moment / sums.mass, energy)
@@ -232,8 +253,9 @@ def _backward(blocking, residuals, cotangents):
   hidden_TD, table_SVD, targets_T, temperature, kept = residuals
   top, log_mass, others, stats = kept
   by_logprob, by_entropy, by_energy = cotangents
-  # The three gradients in one: [v = y] at_target - pi_v (everywhere
-  # + by_entropy log pi_v - 2 by_energy pi_v). A target that is no word has no pi_y.
+  # The gradient with respect to the logits sums the three of `linear_logprobs`:
+  #     [v = y] at_target - pi_v (everywhere + by_entropy log pi_v - 2 by_energy pi_v)
+  # A target out of range has log-prob NaN; its pi_y counts as 0.
   target_prob = jnp.nan_to_num(jnp.exp(stats.logprob))
   collision = others + target_prob**2
   at_target = by_logprob - 2.0 * by_energy * target_prob
@@ -255,7 +277,8 @@ def _backward(blocking, residuals, cotangents):
       factor_TW = (logits_grad_TW / temperature).astype(hidden_TD.dtype)
       hidden_grad_TD += _product("tw,wd->td", factor_TW, block.words_WD)
       words_grad_WD = _product("wt,td->wd", _transpose(factor_TW), hidden_TD)
-      # Where the first two blocks overlap, the second one's rows are complete.
+      # Where the first two blocks overlap, the second one counts those words and, being
+      # later, overwrites the zeros of the first.
       table_grad_VD = jax.lax.dynamic_update_slice_in_dim(
         table_grad_VD, words_grad_WD.astype(table_VD.dtype), block.start, 0
       )
@@ -266,7 +289,7 @@ def _backward(blocking, residuals, cotangents):
 
   hidden_grad_STD, table_grad_SVD = _per_shard(grads_of_shard, table_SVD)
   hidden_grad_TD = hidden_grad_STD.sum(0)
-  # hidden and 1 / temperature only occur as a product (Euler's theorem).
+  # hidden h and temperature t occur only as h / t, so that t df/dt = -<h, df/dh>.
   by_temperature = -jnp.vdot(hidden_grad_TD, hidden_TD.astype(jnp.float32))
   by_temperature /= temperature
   return hidden_grad_TD.astype(hidden_TD.dtype), table_grad_SVD, None, by_temperature
@@ -276,9 +299,9 @@ _token_stats.defvjp(_forward, _backward)
 
 
 def _per_shard(function: Callable[[jax.Array, Any], Any], table_SVD):
-  """`function(table[V, D], id of its first word)` of each shard, stacked."""
+  """Maps `function(table [V / S, D], id of its first word)` over shards, stacked."""
   num_shards, shard, _ = table_SVD.shape
-  if num_shards == 1:  # a leading axis of 1 keeps XLA's CPU loops on one core
+  if num_shards == 1:  # with a leading axis of 1, XLA:CPU runs its loops on one core
     return jax.tree.map(lambda x: x[None], function(table_SVD[0], 0))
   return jax.vmap(function)(table_SVD, shard * jnp.arange(num_shards))
 
@@ -286,12 +309,16 @@ def _per_shard(function: Callable[[jax.Array, Any], Any], table_SVD):
 class _Block(NamedTuple):
   start: jax.Array  # its first row in the shard
   words_WD: jax.Array
-  counts_W: jax.Array  # is a word, and of no other block
+  counts_W: jax.Array  # neither padding nor counted by the next block
   is_target_TW: jax.Array
 
 
 def _block(blocking, table_VD, first_id, targets_T, index):
-  """Blocks end where the shard ends; the first one may overlap the second."""
+  """Cuts block `index` out of a shard; see the drawing at the top of the module.
+
+  Blocks are laid out backwards from the end of the shard. Block 0 would start below row
+  0 where the size does not divide the shard; it starts at 0 and overlaps block 1.
+  """
   size = blocking.block_size
   end = table_VD.shape[0] - (blocking.num_blocks - 1 - index) * size
   start = jnp.maximum(end - size, 0)
@@ -307,7 +334,7 @@ def _logits(hidden_TD, block, temperature):
 
 
 def _product(subscripts, left, right):
-  # float32 means float32: accelerators would otherwise round the factors.
+  # Accelerators would round float32 factors at the default precision.
   return jnp.einsum(
     subscripts,
     left,
@@ -322,7 +349,7 @@ def _rows(table_VD, start, size):
     return jax.lax.dynamic_slice_in_dim(table_VD, start, size)
 
   def as_bits(table_VD, start):
-    # XLA's CPU compiler slices 16-bit floats by way of float32, of the whole table.
+    # XLA:CPU would convert the whole table to float32 to slice 16-bit floats.
     table_VD, start = jax.lax.optimization_barrier((table_VD, start))
     bits = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)
     return jax.lax.bitcast_convert_type(plain(bits, start), table_VD.dtype)
@@ -334,8 +361,8 @@ def _rows(table_VD, start, size):
 
 def _transpose(x):
   def written(x):
-    # XLA's CPU compiler multiplies a transposed 16-bit factor in float32, at half the
-    # speed. The extra axis keeps it from seeing that this is one.
+    # XLA:CPU multiplies a transposed 16-bit factor in float32, at half the speed. The
+    # extra axis hides the transpose from the compiler.
     return jax.lax.optimization_barrier(x[None].transpose(0, 2, 1))[0]
 
   if x.dtype == jnp.float32:

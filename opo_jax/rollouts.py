@@ -1,8 +1,17 @@
-"""Rollouts: what was sampled, exactly as it was sampled.
+"""Rollouts: the sampled responses, as sampler, scorer and learner exchange them.
 
-The one type that crosses rooms. Tokens stay tokens (nothing is decoded and tokenised
-again), and the mask is written by the sampler when it draws a token: nobody derives it
-later from pad or end ids.
+Tokens stay tokens: no text is tokenised again. The sampler writes the mask when it
+samples a token; no module derives it from pad or end ids, which may be equal.
+
+    prompts [G, P], right-aligned      tokens [N, T], left-aligned
+    0 0 p p p                          y y y e 0 0        prompt_ids[row] = 0, length 4
+    p p p p p                          y y y y y y        prompt_ids[row] = 1, length 6
+
+`rows` joins both into [N, P + T], in which every response starts at column P:
+
+    tokens        0 0 p p p y y y e 0 0
+    positions     0 0 0 1 2 3 4 5 6 7 8
+    segment ids   0 0 1 1 1 1 1 1 1 0 0
 """
 
 import dataclasses
@@ -14,23 +23,23 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-  """N responses to G prompts.
+  """N responses to G prompts. A group is the responses to one prompt.
 
   Attributes:
     prompts: [G, P] int32, right-aligned: column P - 1 is a prompt's last token.
     prompt_lengths: [G] int32.
     tokens: [N, T] int32 responses, left-aligned, the end token included.
-    logprobs: [N, T] float32, of the policy at `temperature`, which is what the learner
-      computes again. 0 where `mask` is False.
-    sampling_logprobs: [N, T] float32, of the distribution that was drawn from: after
-      top-k, top-p and min-p, too. The same as `logprobs` unless `filtered`.
-    mask: [N, T] bool: this token was drawn from the policy.
-    lengths: [N] int32, the drawn tokens of a row.
-    prompt_ids: [N] int32, the prompt a row answers: its group.
-    finished: [N] bool: the row ended by an end token, not by the length limit.
-    temperature: float32 scalar, the sampler's; the learner divides by the same.
+    logprobs: [N, T] float32, under the policy at `temperature`, as the learner
+      recomputes them. 0 where `mask` is False.
+    sampling_logprobs: [N, T] float32, under the distribution that tokens were sampled
+      from, after top-k, top-p and min-p. Equal to `logprobs` unless `filtered`.
+    mask: [N, T] bool: this token was sampled from the policy.
+    lengths: [N] int32, the sampled tokens of a row.
+    prompt_ids: [N] int32, the prompt of a row: its group.
+    finished: [N] bool: the row ended with an end token, not at the length limit.
+    temperature: float32 scalar, the sampler's; the learner divides logits by the same.
     version: int32 scalar, the policy version that sampled (-1: none, demonstrations).
-    filtered: whether greedy choice or a filter left tokens out. Such rollouts are no
+    filtered: whether greedy sampling or a filter excluded tokens. Such rollouts are not
       samples of the policy.
   """
 
@@ -55,7 +64,7 @@ class Rollouts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """The learner's view: prompt and response in one row of P + T columns.
+  """Prompt and response joined in one row of P + T columns.
 
   Attributes:
     tokens: [N, P + T] int32; the response starts at column P in every row.
@@ -78,7 +87,7 @@ def prompt_columns(
 
 
 def rows(rollouts: Rollouts) -> Rows:
-  """Joins each response to its prompt."""
+  """Joins each response to its prompt; see the drawing at the top of the module."""
   prompt_width, num_tokens = rollouts.prompts.shape[1], rollouts.tokens.shape[1]
   positions, segment_ids = prompt_columns(rollouts.prompt_lengths, prompt_width)
   ids = rollouts.prompt_ids
@@ -93,7 +102,7 @@ def rows(rollouts: Rollouts) -> Rows:
 
 
 def select(rollouts: Rollouts, indices: jax.Array) -> Rollouts:
-  """The rows `indices` [n], with all prompts, so that group ids keep their meaning."""
+  """Selects the rows `indices` [n], with all prompts: prompt ids stay valid."""
   per_row = ("tokens", "logprobs", "sampling_logprobs", "mask", "lengths")
   per_row += ("prompt_ids", "finished")
   return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Policies: one decoder, in and out of the Hugging Face format."""
+"""Models: one decoder for all families, read and written in Hugging Face format."""
 
 from opo_jax.models.config import ModelConfig
 from opo_jax.models.config_json import read_config

@@ -1,10 +1,16 @@
-"""Attention, behind one function: whole sequences by a kernel, caches by einsum.
+"""Attention: one function, as an einsum over parts of a cache or by a flash kernel.
 
-A decoded token attends to the prompt (stored once for the whole group), to the
-response so far (stored per row) and to itself. Each is a `Keys` part; the softmax
-runs over their concatenated scores, so that the parts are never joined. That is the
-einsum, and the reference. Sequences that attend to themselves alone, as in prefill and
-learner, may go through a kernel that never holds their scores (`models/flash.py`).
+A decoded token attends to three parts: the prompt (cached once per group), its own
+response so far (cached per row), and itself. Each part is a `Keys`. Scores of the parts
+are concatenated, keys and values are not:
+
+                 prompt             response          own column
+    key          [G, K, P, E]       [B, K, S, E]      [B, K, 1, E]
+    scores       . . . . . . . . .  . . . . . . . .   .               <- one softmax
+    weights @ value, part by part, summed
+
+The einsum is the reference. Where sequences attend only to themselves (prefill, the
+learner), a kernel of `models/flash.py` may compute the same without storing scores.
 """
 
 from collections.abc import Sequence
@@ -17,29 +23,35 @@ from jax.sharding import Mesh
 from opo_jax.models import flash
 
 BACKENDS = ("einsum", *flash.KERNELS)
-# Queries whose scores the einsum holds at a time.
+# The einsum stores the scores of at most this many queries at a time.
 _BLOCK = 512
-# Up to here one tile holds all scores of a head, and a kernel would pad to it.
+# Up to this length one tile of a kernel holds all scores of a head, and a kernel would
+# pad a shorter sequence to it.
 _SHORT = 128
-# Far below any score, yet finite: a query without any key (padding) gets a uniform
-# average, never NaN, and its output is read by nobody.
+# Far below any score, but finite: a query without any key (padding) averages all values
+# uniformly. -inf would give NaN, which spreads through gradients although no loss reads
+# the output.
 _MASKED = -1e30
 
 
 class Keys(NamedTuple):
-  """Keys and values that lie together, head by head, as matrix products want them.
+  """One part of the keys and values, stored head-major, as matrix products read them.
+
+  C is the number of entries. Query row b reads one of them:
+
+      rows given      entry rows[shard, i] of the row's own shard
+      C = B           entry b
+      C < B           entry b // (B / C): a group of consecutive rows shares its prompt
 
   Attributes:
     key: [C, K, S, E].
     value: [C, K, S, E].
-    mask: [C, T, S] or [C, 1, S] bool: which query may attend to which key. None: these
-      are the queries' own columns, S is T, and a query sees its segment up to itself.
-    rows: which of the C entries each query row reads, int32 [shards, B / shards],
-      counted from the first entry of the row's own shard, so that no device reads
-      another's. None: C is B, or divides it and each entry is shared by as many
-      consecutive rows (a group and its prompt).
-    positions: [C, S] int32; needed where a window counts back from the query's. The
-      queries' own columns have the queries'.
+    mask: [C, T, S] or [C, 1, S] bool: which query may attend to which key. None: the
+      queries' own columns, S = T, causal within a segment.
+    rows: int32 [shards, B / shards], the entry of each query row, counted from the
+      first entry of the row's own shard, so that no device reads another's.
+    positions: [C, S] int32, required for a sliding window; own columns have those of
+      the queries.
   """
 
   key: jax.Array
@@ -50,17 +62,17 @@ class Keys(NamedTuple):
 
 
 def choose_backend(wish: str, *, platform: str, dtype: jnp.dtype, head_dim: int) -> str:
-  """The backend that whole sequences go through.
+  """Chooses the backend for whole sequences.
 
   Args:
-    wish: one of `BACKENDS`, or `auto`: splash on TPU, cuDNN on NVIDIA where it can,
-      the einsum otherwise.
+    wish: one of `BACKENDS`, or `auto`: splash on TPU, cuDNN on NVIDIA where dtype and
+      width allow it, else the einsum.
     platform: `cpu`, `gpu` or `tpu`.
     dtype: of activations.
     head_dim: E.
 
   Raises:
-    ValueError: a wish that this platform, dtype or width cannot meet.
+    ValueError: a backend that this platform, dtype or width does not support.
 
   >>> choose_backend("auto", platform="tpu", dtype=jnp.bfloat16, head_dim=128)
   'splash'
@@ -69,7 +81,7 @@ def choose_backend(wish: str, *, platform: str, dtype: jnp.dtype, head_dim: int)
   if wish == "auto":
     name = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "einsum")
   narrow = jnp.dtype(dtype).itemsize == 2
-  # What is not met, and what would be.
+  # Backend -> {requirement, as the error says it: whether it is met}.
   against = {
     "einsum": {},
     "splash": {f"runs on TPUs, not on a {platform}": platform == "tpu"},
@@ -107,18 +119,18 @@ def attention(
   Args:
     query_BTHE: [B, T, H, E]; H is a multiple of the keys' K.
     parts: at least one.
-    positions: [B, T] int32 of the queries, for a window. In a segment they rise by one
-      from column to column: kernels count the columns.
-    segment_ids: [B, T] int32: a query sees its own segment alone of its own columns.
-      One segment where it is None. Padding is a segment too; it sees itself, so its
-      output is finite, and nobody reads it.
+    positions: [B, T] int32 of the queries, for a window. Within a segment they increase
+      by one per column: kernels measure the window in columns.
+    segment_ids: [B, T] int32: among the own columns, a query sees only its segment.
+      None: one segment. Padding is a segment as well; it attends to itself, which keeps
+      its output finite.
     window: a query sees keys less than this many positions back, itself included.
       None: as far back as the masks allow.
-    windowed: bool scalar, whether the window applies: layers of one program may differ
-      in it. None: it does.
-    backend: one of `BACKENDS`; a kernel takes over where the only part are the queries'
-      own columns, more than 128 of them.
-    mesh: whose devices each run the kernel on their rows and heads.
+    windowed: bool scalar, whether the window applies, which may differ between the
+      layers of one program. None: it does.
+    backend: one of `BACKENDS`; a kernel runs only if the queries' own columns are the
+      only part, and more than 128.
+    mesh: each of its devices runs the kernel on its rows and heads.
 
   Returns:
     [B, T, H, E] in the query's dtype; scores, softmax and sums are float32.
@@ -161,18 +173,20 @@ def attention(
 
 
 class _Queries(NamedTuple):
-  """Some queries, and what decides on what they see."""
+  """A block of queries, with the arrays that decide which keys they see."""
 
   query: jax.Array  # [B, T, H, E]
   columns: jax.Array  # [1, T]
   positions: jax.Array | None  # [B, T]
   segment_ids: jax.Array | None  # [B, T]
-  masks: list[jax.Array | None]  # of the parts that have one, [C, T, S] or [C, 1, S]
+  masks: list[jax.Array | None]  # one per part, [C, T, S], [C, 1, S] or None
 
 
 def _in_blocks(block, queries):
-  """`block` of all queries, some at a time: [B, H, T, S] scores in float32 would be the
-  largest array of a long batch. Each block's are computed again in the backward pass.
+  """Applies `block` to at most `_BLOCK` queries at a time.
+
+  The scores [B, H, T, S] in float32 would be the largest array of a long batch. The
+  backward pass recomputes those of each block.
   """
   T = queries.query.shape[1]
   num_blocks = -(-T // _BLOCK)
@@ -181,7 +195,7 @@ def _in_blocks(block, queries):
   size = -(-T // num_blocks)
 
   def split(array):  # [B, T, ...] -> [blocks, B, size, ...]
-    if array.shape[1] == 1:  # of all queries alike
+    if array.shape[1] == 1:  # the same for all queries
       return jnp.broadcast_to(array, (num_blocks, *array.shape))
     padding = [(0, 0), (0, num_blocks * size - T)] + [(0, 0)] * (array.ndim - 2)
     array = jnp.pad(array, padding)
@@ -196,12 +210,13 @@ def _in_blocks(block, queries):
 def _attend(query_BTHE, parts, masks):
   B, T, H, E = query_BTHE.shape
   K = parts[0].key.shape[1]
+  # Query head h reads key-value head h // (H / K): heads split into (K, R).
   query = query_BTHE.reshape(B, T, K, H // K, E) * (E**-0.5)
   query = query.transpose(0, 2, 3, 1, 4)
   scores = [_scores(query, part, mask) for part, mask in zip(parts, masks, strict=True)]
   scores = jnp.concatenate(scores, axis=-1)
   probs = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-  out, end = 0.0, 0
+  out, end = 0.0, 0  # end: the part's last column in the concatenated scores
   for part in parts:
     start, end = end, end + part.key.shape[2]
     out += _weighted_values(probs[..., start:end], part)
@@ -210,7 +225,7 @@ def _attend(query_BTHE, parts, masks):
 
 
 def _per_row(part: Keys) -> Keys:
-  """The part with an entry for every query row, where `rows` says which."""
+  """Gathers the entry of every query row, if `rows` names them: C becomes B."""
   if part.rows is None:
     return part
   shards, rows = part.rows.shape
@@ -225,7 +240,19 @@ def _per_row(part: Keys) -> Keys:
 
 
 def _mask(part, mask, queries, own, window):
-  """[C, B / C, T, S] or smaller: which query sees which key, the window counted in."""
+  """Which query sees which key: [C, B / C, T, S], or 1 in place of B / C.
+
+  Own columns of one row, segment ids 1 1 2 2 0 (padding), T = S = 5:
+
+              key  0 1 2 3 4
+      query 0      x . . . .
+            1      x x . . .
+            2      . . x . .        causal, and within the segment
+            3      . . x x .
+            4      . . . . x        padding sees itself
+
+  In a block of `_in_blocks` the queries are a part of the columns; `own` has all.
+  """
   positions = part.positions
   if mask is None:
     mask, positions = queries.columns[..., None] >= own.columns[:, None], own.positions
@@ -239,13 +266,18 @@ def _mask(part, mask, queries, own, window):
       " (Keys.positions)."
     )
   C = positions.shape[0]
+  # [C, B / C, T, 1] - [C, 1, 1, S]: rows that share an entry differ in their positions.
   query_positions = queries.positions.reshape(C, -1, queries.positions.shape[1], 1)
   distances = query_positions - positions[:, None, None]
   return mask[:, None] & (distances < window)
 
 
 def _scores(query_BKRTE, part, mask):
-  """[B, K, R, T, S]; rows that share an entry become one longer query."""
+  """Scores [B, K, R, T, S].
+
+  The B / C rows that share an entry become one query of (B / C) R T columns: one large
+  matrix product with the entry's keys, instead of B small ones that each read them.
+  """
   B, K, R, T, E = query_BKRTE.shape
   C, _, S, _ = part.key.shape
   shared = B // C
@@ -262,6 +294,7 @@ def _scores(query_BKRTE, part, mask):
 
 
 def _weighted_values(probs_BKRTS, part):
+  """The transpose of `_scores`: probabilities times values, [B, K, R, T, E]."""
   B, K, R, T, S = probs_BKRTS.shape
   C, _, _, E = part.value.shape
   shared = B // C

@@ -1,4 +1,4 @@
-"""The model card of an exported policy: where it comes from, and the run's figures."""
+"""Writes the model card of an exported policy: its origin and the run's metrics."""
 
 import math
 from typing import Any
@@ -13,16 +13,16 @@ def model_card(
   run: dict[str, Any],
   library: str = "transformers",
 ) -> str:
-  """README.md of a model, as the Hugging Face hub shows it.
+  """Builds the README.md that the Hugging Face hub shows.
 
   Args:
     name: of the run.
-    base: hub id of the start model; "" where it was a directory, which means nothing to
-      others; None for fresh weights.
-    settings: what a person would want to know of the training, by name.
+    base: hub id of the start policy; "" for a local directory, which means nothing to
+      others; None for random weights.
+    settings: training settings to show, by name.
     rows: of metrics.jsonl, up to the exported step.
-    run: what run.json says.
-    library: what loads it.
+    run: the values of run.json.
+    library: the library that loads the model.
 
   >>> card = model_card(name="r", base=None, settings={}, rows=[{"step": 3}], run={})
   >>> card.splitlines()[:2]

@@ -1,4 +1,4 @@
-"""The numbers that make a decoder of one family differ from another's."""
+"""ModelConfig: sizes and options by which decoders of the families differ."""
 
 import dataclasses
 
@@ -18,18 +18,18 @@ class ModelConfig:
     num_kv_heads: key-value heads K; divides `num_heads`.
     head_dim: width E of one head.
     rope_theta: base of the rotary wavelengths.
-    rope_scaling: how they are stretched to a longer context; None: not at all.
-    max_positions: the context the model is made for, tokens. Nothing is cut off there;
-      it is written to config.json, where serving engines read it.
+    rope_scaling: scaling to a longer context; None: none.
+    max_positions: the context length of pretraining, tokens. Not enforced; written to
+      config.json, where serving engines read it.
     norm_epsilon: added to the mean square in RMSNorm.
-    qkv_bias: bias on query, key and value projections (Qwen2 has it).
+    qkv_bias: bias on query, key and value projections (Qwen2).
     out_bias: bias on the attention's output projection (Llama's `attention_bias`).
     mlp_bias: bias on the MLP's projections.
-    qk_norm: RMSNorm on each head's query and key (Qwen3 has it).
-    tie_embeddings: the unembedding is the embedding.
-    sliding_window: how many tokens a query of a sliding layer sees, itself included.
-    sliding_layers: the layers this holds for, counted from 0.
-    initializer_range: standard deviation of a fresh weight.
+    qk_norm: RMSNorm on each head's query and key (Qwen3).
+    tie_embeddings: the unembedding shares the embedding's parameters.
+    sliding_window: tokens that a query of a sliding layer sees, itself included.
+    sliding_layers: the layers with a sliding window, counted from 0.
+    initializer_range: standard deviation of initial weights.
   """
 
   vocab_size: int

@@ -1,6 +1,6 @@
-"""config.json <-> ModelConfig, for every family, in the older and the newer form.
+"""Converts config.json <-> ModelConfig, for every family, in older and newer forms.
 
-A field that the tables here do not know is refused by name: it might change the output.
+A field that the tables below do not list is refused by name: it may change the output.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ from typing import Any
 from opo_jax.models.config import ModelConfig
 from opo_jax.models.rope import SCALINGS
 
-# model_type -> how its classes there begin, and the fields of its config.json that
-# change the output, with what a missing one means. `...` has no default.
+# model_type -> the prefix of its classes, and the fields of its config.json that change
+# the output, with their defaults; `...` has none.
 _COMMON = dict(
   vocab_size=...,
   hidden_size=...,
@@ -49,9 +49,9 @@ _FAMILIES = {
     | dict(attention_bias=False),
   ),
 }
-# Fields that change the output, with the one value understood.
+# Fields that change the output, with the only supported value.
 _FIXED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "is_causal": True}
-# Fields that do not change the output, or are read elsewhere (the end tokens).
+# Fields that do not change the output, or that are read elsewhere (end tokens).
 _SILENT = """
   model_type architectures transformers_version torch_dtype dtype _name_or_path
   name_or_path model_name use_cache bos_token_id eos_token_id pad_token_id
@@ -64,11 +64,11 @@ _SILENT = """
 
 
 def read_config(path: str | pathlib.Path, *, head: str = "CausalLM") -> ModelConfig:
-  """What config.json says.
+  """Reads a ModelConfig from config.json.
 
   Args:
     path: a directory, or a hub id.
-    head: what the model must be for, `CausalLM` or `SequenceClassification`.
+    head: the required architecture, `CausalLM` or `SequenceClassification`.
 
   Raises:
     ValueError: an architecture or a field that is not supported, by name.
@@ -78,7 +78,7 @@ def read_config(path: str | pathlib.Path, *, head: str = "CausalLM") -> ModelCon
 
 
 def config_from(values: dict[str, Any], *, head: str = "CausalLM") -> ModelConfig:
-  """A ModelConfig from the values of a config.json.
+  """Converts the values of config.json to a ModelConfig.
 
   Args:
     values: of config.json.
@@ -91,7 +91,7 @@ def config_from(values: dict[str, Any], *, head: str = "CausalLM") -> ModelConfi
   if family not in _FAMILIES:
     raise ValueError(
       f"config.json has model_type = {family!r}; supported are {sorted(_FAMILIES)}:"
-      " dense decoders of text (no mixture of experts, nothing multimodal)."
+      " dense text decoders (no mixture of experts, no multimodal model)."
     )
   name, defaults = _FAMILIES[family]
   architecture = f"{name}For{head}"
@@ -112,11 +112,11 @@ def config_from(values: dict[str, Any], *, head: str = "CausalLM") -> ModelConfi
       )
   silent = set(_SILENT.split()) | ({"num_labels"} if classifies else set())
   for field in values.keys() - defaults.keys() - _FIXED.keys() - silent:
-    # None, False and 0 switch off what we do not have either.
+    # None, False and 0 disable a feature that we lack anyway.
     if values[field]:
       raise ValueError(
         f"config.json has {field} = {values[field]!r}, which is not supported for"
-        f" {family}. If it does not change the output, take it out of config.json."
+        f" {family}. If it does not change the output, remove it from config.json."
       )
   missing = [
     field
@@ -153,18 +153,18 @@ def config_from(values: dict[str, Any], *, head: str = "CausalLM") -> ModelConfi
 
 
 def _check_one_label(values):
-  """Refuses classifiers: a reward model has one label, the score."""
-  # A missing table of labels means two of them, in transformers as well.
+  """Refuses a classifier with several labels: a reward model has one, the score."""
+  # Without a table of labels there are two, as in transformers.
   num_labels = values.get("num_labels") or len(values.get("id2label") or (0, 1))
   if num_labels != 1:
     raise ValueError(
       f"config.json has num_labels = {num_labels!r} (by num_labels, or the length of"
-      " id2label; 2 where neither is there); a reward model has 1."
+      " id2label; 2 if both are missing); a reward model has 1."
     )
 
 
 def _read_rope(get):
-  """theta and scaling, from the older form, the newer one, or both if they agree."""
+  """Theta and scaling, from the older form, the newer form, or both if they agree."""
   forms = []
   for field in ("rope_scaling", "rope_parameters"):
     form = {k: v for k, v in (get(field) or {}).items() if v is not None}
@@ -208,7 +208,7 @@ def _read_rope(get):
 
 
 def _read_windows(get):
-  """The sliding window and the layers it holds for; None and () if it is off."""
+  """The sliding window and its layers; None and () if it is disabled."""
   num_layers, kinds = get("num_hidden_layers"), get("layer_types")
   window = get("sliding_window") if get("use_sliding_window") else None
   if kinds is None:
@@ -227,10 +227,10 @@ def _read_windows(get):
 
 
 def config_to(config: ModelConfig, *, head: str = "CausalLM") -> dict[str, Any]:
-  """The values of config.json: the inverse of `config_from`.
+  """Converts a ModelConfig to the values of config.json: inverts `config_from`.
 
   Raises:
-    ValueError: a combination that no family has.
+    ValueError: a combination that no family supports.
   """
   family = _family(config)
   # Older readers take rope_theta and rope_scaling, newer ones rope_parameters.
@@ -279,7 +279,7 @@ def config_to(config: ModelConfig, *, head: str = "CausalLM") -> dict[str, Any]:
 
 
 def _family(config: ModelConfig) -> str:
-  """The family whose config.json can tell all of this."""
+  """The family whose config.json can express all of it."""
   same_bias = config.qkv_bias == config.out_bias
   if config.qk_norm:
     family, possible = "qwen3", same_bias and not config.mlp_bias
@@ -297,7 +297,7 @@ def _family(config: ModelConfig) -> str:
 
 
 def end_tokens(path: str | pathlib.Path) -> tuple[int, ...]:
-  """The end tokens of config.json and generation_config.json, as one set."""
+  """The end tokens of config.json and generation_config.json together."""
   config = json.loads((find_directory(path) / "config.json").read_text())
   ids = set()
   for values in (config, generation_config(path)):
@@ -307,20 +307,20 @@ def end_tokens(path: str | pathlib.Path) -> tuple[int, ...]:
 
 
 def generation_config(path: str | pathlib.Path) -> dict[str, Any]:
-  """The values of generation_config.json; empty without one."""
+  """The values of generation_config.json; {} without that file."""
   file = find_directory(path) / "generation_config.json"
   return json.loads(file.read_text()) if file.exists() else {}
 
 
 def find_directory(path: str | pathlib.Path, *, weights: bool = False) -> pathlib.Path:
-  """The directory of a model; a hub id is downloaded, with a progress bar.
+  """Finds the directory of a model, downloading a hub id.
 
   Args:
     path: a directory, or a hub id.
-    weights: needed too, not the JSON files alone.
+    weights: download the weights as well as the JSON files.
 
   Raises:
-    ValueError: neither is there.
+    ValueError: neither exists.
   """
   directory = pathlib.Path(path)
   if (directory / "config.json").is_file():
@@ -339,7 +339,7 @@ def find_directory(path: str | pathlib.Path, *, weights: bool = False) -> pathli
     )
   except Exception as error:
     raise ValueError(
-      f"No policy at {str(path)!r}: no such directory, and the hub did not give it"
+      f"No policy at {str(path)!r}: no such directory, and the hub did not provide it"
       f" ({type(error).__name__}); give a directory, or a hub id and a network"
       " (--model.path)."
     ) from error

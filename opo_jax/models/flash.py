@@ -1,7 +1,7 @@
-"""Attention of whole sequences by kernels that never hold all of their scores.
+"""Flash attention of whole sequences: kernels that never store all scores.
 
-Both compute what the einsum of `models/attention.py` does: causal, within segments,
-within a window, with grouped queries. `attend` runs one on every device's own rows and
+Both kernels equal the einsum of `models/attention.py`: causal, within segments, within
+a sliding window, with grouped queries. `attend` runs one on each device's own rows and
 heads.
 """
 
@@ -28,7 +28,7 @@ def attend(
   windowed: jax.Array | None,
   mesh: Mesh | None,
 ) -> jax.Array:
-  """`attention` of the queries' own columns by the kernel of this name.
+  """`attention` over the queries' own columns, by a kernel.
 
   Args:
     name: one of `KERNELS`.
@@ -36,7 +36,7 @@ def attend(
     key_BKTE, value_BKTE: [B, K, T, E].
     segment_ids_BT: int32, or None for one segment.
     window, windowed: as in `attention`.
-    mesh: the devices; None for one. A device gets its rows and heads where they divide
+    mesh: the devices; None for one. A device computes its rows and heads if they divide
       over the mesh, else all of them. On a CPU the kernel is simulated, for tests.
 
   Returns:
@@ -46,7 +46,8 @@ def attend(
   operands = query_BTHE, key_BKTE, value_BKTE, segment_ids_BT
   if mesh is not None:
     rows, heads = _rows_and_heads(mesh, query_BTHE)
-    # As many devices as query heads may well be more than key-value heads.
+    # Key-value heads are repeated until they divide over the devices that split the
+    # query heads: of 4 key-value heads and 8 devices, each device gets a copy of one.
     repeats = math.lcm(key_BKTE.shape[1], heads.parts) // key_BKTE.shape[1]
     key_BKTE, value_BKTE = (
       jnp.repeat(x, repeats, axis=1) for x in (key_BKTE, value_BKTE)
@@ -69,7 +70,8 @@ def attend(
 
   if window is None or windowed is None:
     return run(window, *operands)
-  # A kernel is compiled for its window, and the layers are one program.
+  # A kernel's window is static, and one scanned program serves all layers: it has both
+  # kernels, and each layer chooses.
   return jax.lax.cond(
     windowed,
     functools.partial(run, window),
@@ -79,7 +81,7 @@ def attend(
 
 
 class _Split(NamedTuple):
-  """Mesh axes that a dimension is split over, and in how many parts."""
+  """The mesh axes that split a dimension, and the number of parts."""
 
   axes: tuple[str, ...] | None
   parts: int
@@ -107,15 +109,14 @@ def cudnn(
   window: int | None,
   simulate: bool,
 ) -> jax.Array:
-  """cuDNN's flash attention, by `jax.nn.dot_product_attention`.
+  """cuDNN's flash attention, through `jax.nn.dot_product_attention`.
 
-  It knows causality, windows and lengths, but through JAX's public functions no
-  segments: they go in as a mask, which becomes a bias, [B, 1, T, T] in the queries'
-  dtype. That is 128 MiB for a row of 8,192 tokens, where float32 scores of 28 heads
-  would be 7 GiB.
+  JAX's public function supports causality, windows and lengths, but not segments: they
+  are passed as a mask, which becomes a bias [B, 1, T, T] in the queries' dtype: 128 MiB
+  for a row of 8,192 tokens, where float32 scores of 28 heads would take 7 GiB.
   """
   T = query_BTHE.shape[1]
-  # With a bias it wants an even length; of 8, the bias's rows are aligned as well.
+  # With a bias cuDNN requires an even length; a multiple of 8 also aligns its rows.
   length = -(-T // 8) * 8
 
   def fill(x_BT):
@@ -125,7 +126,7 @@ def cudnn(
   if segment_ids_BT is not None:
     ids_BT = fill(segment_ids_BT)
     mask_BTT = ids_BT[:, :, None] == ids_BT[:, None]
-    if window is not None:  # of the two, cuDNN takes a bias or a window
+    if window is not None:  # cuDNN accepts a bias or a window, not both
       columns = jnp.arange(length)
       mask_BTT &= columns[:, None] - columns < window
     options["mask"] = mask_BTT[:, None]
@@ -144,17 +145,17 @@ def cudnn(
 
 # --- TPU ----------------------------------------------------------------------------
 
-# The kernels' tiles are of whole vectors of 128 lanes.
+# Tiles of the kernels are whole vectors of 128 lanes.
 _LANES = 128
 
 
 class Blocks(NamedTuple):
-  """How splash attention cuts a sequence.
+  """The blocks that splash attention divides a sequence into.
 
   Attributes:
     size: queries, and keys, of a block: a multiple of 128.
-    length: what the sequence is padded to: whole blocks.
-    fused: one backward kernel for all three gradients, or a second one for the
+    length: of the padded sequence: whole blocks.
+    fused: one backward kernel for all three gradients; else a second one for the
       queries'.
   """
 
@@ -164,17 +165,17 @@ class Blocks(NamedTuple):
 
 
 def blocks(length: int, itemsize: int) -> Blocks:
-  """The blocks for a sequence, chosen by its length and dtype.
+  """Chooses the blocks for a sequence, from its length and dtype.
 
-  Few and large ones: every step of the grid has the same fixed cost. But the tiles of
-  scores have to fit into the 16 MiB of fast memory that a kernel may take: 1,024 x
-  1,024 do in bfloat16; in float32 the forward kernel outgrows them on v5p, the backward
-  one on v5e, and 512 x 512 do. All of one size, so that no sequence is padded by more
-  than 127 columns a block.
+  Large blocks are better, since every step of the grid has the same fixed cost, but
+  their tiles of scores must fit into the 16 MiB of VMEM that a kernel may use. Tiles of
+  1,024 x 1,024 fit in bfloat16; in float32 the forward kernel exceeds it on v5p, the
+  backward kernel on v5e, and 512 x 512 fit. All blocks have one size, so that padding
+  is at most 127 columns per block.
 
-  The fused backward kernel computes the scores once again instead of twice, but writes
-  the queries' gradient once for each block of keys, to be summed up: good for 4 of
-  them, not for 32.
+  The fused backward kernel recomputes the scores once instead of twice, but writes the
+  queries' gradient once for each block of keys, to be summed: good for 4 of them, not
+  for 32.
 
   >>> blocks(1100, itemsize=2)  # two of 550, in whole lanes
   Blocks(size=640, length=1280, fused=True)
@@ -195,11 +196,11 @@ def splash(
   window: int | None,
   simulate: bool,
 ) -> jax.Array:
-  """Splash attention: Pallas kernels that skip the blocks no query may see.
+  """Splash attention: Pallas kernels that skip blocks without a visible key.
 
   https://github.com/jax-ml/jax/tree/main/jax/experimental/pallas/ops/tpu/splash_attention
   """
-  # Loaded where it is used: importing it takes 0.13 s, and Mosaic with it.
+  # Imported here: it takes 0.13 s, and imports Mosaic.
   from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
     splash_attention_mask,
@@ -216,8 +217,8 @@ def splash(
   mask = splash_attention_mask.CausalMask((length, length))
   if window is not None and window < T:
     mask = splash_attention_mask.LocalMask((length, length), (window - 1, 0), 0)
-  # Which blocks to visit are arrays; made here and now, they are constants, and may be
-  # closed over.
+  # The kernel holds arrays that name the blocks to visit. Under a trace they would be
+  # tracers, which a custom_vjp may not close over; evaluated now, they are constants.
   with jax.ensure_compile_time_eval():
     kernel = splash_attention_kernel.make_splash_mha(
       splash_attention_mask.MultiHeadMask([mask] * H),
@@ -243,7 +244,7 @@ def splash(
 
   if query_BTHE.dtype == jnp.float32:
     rows = _exactly(rows)
-  # The kernel scales nothing.
+  # The kernel does not scale the scores.
   query_BHTE = (query_BTHE * E**-0.5).swapaxes(1, 2)
   ids_BT = segment_ids_BT
   out_BHTE = rows(
@@ -256,10 +257,10 @@ def splash(
 
 
 def _exactly(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """`function` whose products of float32 are of float32, in the backward pass too.
+  """`function` with exact float32 products, in the backward pass as well.
 
-  A kernel's backward pass is traced when a gradient is taken, far from where the
-  precision of the forward pass was asked for.
+  A kernel's backward pass is traced when the gradient is taken, outside of the context
+  that set the precision of the forward pass.
   """
 
   def highest():

@@ -1,7 +1,7 @@
-"""Policies in and out of the Hugging Face format: config.json and safetensors.
+"""Reads and writes policies in Hugging Face format: config.json and safetensors.
 
-One table says which of our parameters is which of theirs; import and export both walk
-it, so that they cannot drift apart.
+One table maps our parameter names to theirs; import and export share it, so that they
+cannot diverge.
 """
 
 import collections
@@ -30,8 +30,9 @@ from opo_jax.models.config_json import (
 )
 from opo_jax.models.transformer import Policy
 
-# Ours -> theirs. `{i}` is the layer: ours are stacked along a first axis. Kernels are
-# [in, out] here and [out, in] there. A family has those that its config asks for.
+# Our name -> theirs. `{i}` is the layer: our layers are stacked along a first axis.
+# Kernels are [in, out] here and [out, in] there. The config decides which of them a
+# model has.
 _NAMES = {
   ".embedding": "model.embed_tokens.weight",
   ".final_norm.scale": "model.norm.weight",
@@ -56,7 +57,7 @@ _NAMES = {
   ".layers.mlp.down.kernel": "model.layers.{i}.mlp.down_proj.weight",
   ".layers.mlp.down.bias": "model.layers.{i}.mlp.down_proj.bias",
 }
-# Old Llama files carry this table; it follows from config.json and is not read.
+# Old Llama files contain this table; it follows from config.json and is ignored.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -73,24 +74,24 @@ def load(
 
   Args:
     path: a directory, or a hub id, which is downloaded.
-    mesh: where the parameters are laid out; None for one device.
+    mesh: the devices that the parameters are sharded over; None for one device.
     dtype: of activations, float32 by default.
-    param_dtype: of parameters; float32 masters by default.
-    eos_ids: the end tokens; None takes those of generation_config.json and
-      config.json together.
+    param_dtype: of parameters, float32 by default.
+    eos_ids: the end tokens; None: those of generation_config.json and config.json
+      together.
 
   Raises:
-    ValueError: nothing there, an unsupported field, or weights that do not match, with
-      their names.
+    ValueError: no model at `path`, an unsupported field, or weights that do not match,
+      by name.
   """
-  like = abstract_policy(
+  abstract = abstract_policy(
     read_config(path),
     mesh=mesh,
     dtype=dtype or jnp.float32,
     param_dtype=param_dtype,
     eos_ids=end_tokens(path) if eos_ids is None else tuple(eos_ids),
   )
-  return read_weights(path, like)
+  return read_weights(path, abstract)
 
 
 def abstract_policy(
@@ -100,50 +101,50 @@ def abstract_policy(
   kind: type[Policy] = Policy,
   **options: Any,
 ) -> Policy:
-  """Shapes, dtypes and layout of a policy that is not there yet.
+  """Describes a policy by shapes, dtypes and shardings, without allocating it.
 
   Args:
-    config: the family's numbers.
-    mesh: where its parameters will lie.
-    kind: `Policy`, or what is built on it.
+    config: sizes and options of the family.
+    mesh: the devices that the parameters will be sharded over.
+    kind: `Policy` or a subclass.
     options: of `Policy`.
   """
-  like = jax.eval_shape(
+  policy = jax.eval_shape(
     lambda key: kind(config, key, mesh=mesh, **options), jax.random.key(0)
   )
   if mesh is None:
-    return like
-  return sharding.abstract(like, sharding.tree_shardings(like, mesh))
+    return policy
+  return sharding.abstract(policy, sharding.tree_shardings(policy, mesh))
 
 
 # --- reading weights ----------------------------------------------------------------
 
 
-def read_weights(path: str | pathlib.Path, like: Policy) -> Policy:
-  """Reads the parameters of a policy whose shapes and layout are known.
+def read_weights(path: str | pathlib.Path, abstract: Policy) -> Policy:
+  """Reads the parameters of a policy with known shapes and shardings.
 
-  Every device gets its slice of a tensor as it lies in the file, and transposes and
-  converts it there. One tensor is read at a time, so the host needs the memory of one
-  (of its slices on this host), not of the model.
+  Every device receives its slice of a tensor as stored in the file, then transposes and
+  converts it. Tensors are read one at a time, so that the host needs memory for its
+  slices of one tensor, not for the model.
 
   Args:
     path: a directory, or a hub id, which is downloaded.
-    like: from `abstract_policy`.
+    abstract: from `abstract_policy`.
 
   Raises:
-    ValueError: names, shapes or dtypes that do not match, all listed.
+    ValueError: names, shapes or dtypes that do not match, all of them listed.
   """
   directory = find_directory(path, weights=True)
   files, shapes = _find_weights(directory)
-  leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+  leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
   wanted = {
     theirs: _their_shape(_our_name(key), leaf)
     for key, leaf in leaves
-    for theirs in _their_names(_our_name(key), like.config)
+    for theirs in _their_names(_our_name(key), abstract.config)
   }
   embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-  if like.config.tie_embeddings and head in files:
-    # A tied model may carry a copy of its embedding.
+  if abstract.config.tie_embeddings and head in files:
+    # The file of a tied model may contain a copy of the embedding.
     wanted[head] = wanted[embedding]
   unknown, missing = files.keys() - wanted.keys(), wanted.keys() - files.keys()
   misshaped = {
@@ -156,14 +157,14 @@ def read_weights(path: str | pathlib.Path, like: Policy) -> Policy:
       f"The weights in {directory} do not match its config.json: missing"
       f" {sorted(missing)}, unknown {sorted(unknown)}, of another shape {misshaped}."
     )
-  if like.config.tie_embeddings and head in files:
+  if abstract.config.tie_embeddings and head in files:
     _check_copy(files, embedding, head, shapes[head][0])
-  arrays = [_read(_our_name(key), like.config, leaf, files) for key, leaf in leaves]
+  arrays = [_read(_our_name(key), abstract.config, leaf, files) for key, leaf in leaves]
   return jax.tree.unflatten(structure, arrays)
 
 
 def _find_weights(directory):
-  """Where each weight lies, and its shape: one file or several, as the hub has them."""
+  """Weight name -> file, and -> shape, over one file or several."""
   found = collections.defaultdict(list)
   shapes: dict[str, tuple[int, ...]] = {}
   quantised = {}
@@ -183,10 +184,12 @@ def _find_weights(directory):
     absent = sorted(name for name in named if not (directory / name).exists())
     if absent:
       raise ValueError(
-        f"{directory} lacks {absent}, which {index.name} names; download the rest."
+        f"{directory} lacks {absent}, which {index.name} lists; download the rest."
       )
   if not found:
-    raise ValueError(f"{directory} has no weights; *.safetensors is what is read.")
+    raise ValueError(
+      f"{directory} has no weights in *.safetensors, the only format read."
+    )
   twice = [
     f"{name} lies in {' and in '.join(file.name for file in files)}"
     for name, files in found.items()
@@ -222,7 +225,7 @@ def _their_shape(ours: str, leaf) -> tuple[int, ...]:
 
 
 def _read(ours: str, config: ModelConfig, leaf, files) -> jax.Array:
-  """One of our arrays, where it belongs: its layers stacked, its kernels transposed."""
+  """Reads one of our arrays onto its devices: layers stacked, kernels transposed."""
   stacked, transposed = "{i}" in _NAMES[ours], ours.endswith(".kernel")
   layout = leaf.sharding
   if layout is not None:
@@ -235,24 +238,24 @@ def _read(ours: str, config: ModelConfig, leaf, files) -> jax.Array:
   for layer, name in enumerate(_their_names(ours, config)):
     tensor = _tensor(files[name], name, _their_shape(ours, leaf), layout)
     array = _place(array, tensor, layer, leaf.dtype, leaf.sharding, transposed)
-    # Waits: otherwise tensors of the host pile up faster than devices take them.
+    # Without waiting, tensors accumulate on the host faster than devices take them.
     jax.block_until_ready(array)
   return array
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4, 5))
 def _place(array, tensor, layer, dtype, layout, transposed):
-  """Writes one layer into the stacked array that is there; converts it on the way."""
+  """Writes one layer into the donated stacked array, transposed and converted."""
   tensor = (tensor.T if transposed else tensor).astype(dtype)
   out = tensor if array is None else array.at[layer].set(tensor)
   return out if layout is None else jax.lax.with_sharding_constraint(out, layout)
 
 
 def _tensor(file, name, shape, layout) -> jax.Array:
-  """A tensor as it lies in the file, every device of this host with its own slice."""
+  """A tensor as stored in the file; each device of this host has its own slice."""
   if layout is None:
     return jnp.asarray(_slice(file, name, (slice(None),) * len(shape)))
-  slices = {}  # copies on several devices are read once
+  slices = {}  # a slice that several devices share is read once
 
   def read(index):
     key = str(index)
@@ -264,7 +267,7 @@ def _tensor(file, name, shape, layout) -> jax.Array:
 
 
 def _slice(file, name, index) -> np.ndarray:
-  # Opened for each: what is mapped counts as memory until the file is closed.
+  # Reopened for each slice: mapped pages count as memory until the file is closed.
   with safe_open(file, framework="numpy") as tensors:
     return tensors.get_slice(name)[index]
 
@@ -292,22 +295,22 @@ def save(
   card: str | None = None,
   max_file_bytes: int = 5_000_000_000,
 ) -> None:
-  """Writes what `transformers`, vLLM and SGLang load.
+  """Writes a directory that `transformers`, vLLM and SGLang load.
 
-  config.json, generation_config.json, safetensors (with an index where there are
-  several files), the tokenizer with its chat template, a model card. The host holds
-  one file's tensors at a time. Every process takes part, the first one writes.
+  It has config.json, generation_config.json, safetensors (with an index if there are
+  several files), the tokenizer with its chat template, and a model card. The host holds
+  the tensors of one file at a time. Every process takes part; the first one writes.
 
   Args:
-    policy: parameters are written as they are; adapters are merged into them.
-    directory: made if it is missing.
+    policy: parameters keep their dtype; adapters are merged into them.
+    directory: created if it is missing.
     tokenizer: a `transformers` tokenizer.
-    generation: further fields of generation_config.json, those of the start model.
+    generation: further fields of generation_config.json, those of the start policy.
     card: the text of README.md.
-    max_file_bytes: where the next file begins.
+    max_file_bytes: size limit of one file.
 
   Raises:
-    ValueError: a policy that no family of the format can tell.
+    ValueError: a policy that no family of the format can express.
   """
   policy = lora.merge(policy)
   special = {"eos_token_id": list(policy.eos_ids) or None}
@@ -356,15 +359,15 @@ def save_adapter(
   tokenizer=None,
   card: str | None = None,
 ) -> None:
-  """Writes the adapters alone, as `peft` and vLLM load them beside the base.
+  """Writes the adapters alone, as `peft` and vLLM load them on top of the base.
 
-  adapter_config.json, adapter_model.safetensors, the tokenizer, a model card. Every
-  process takes part, the first one writes.
+  The directory has adapter_config.json, adapter_model.safetensors, the tokenizer and a
+  model card. Every process takes part; the first one writes.
 
   Args:
     policy: with adapters, see `models.lora`.
-    directory: made if it is missing.
-    base: hub id or directory of the policy without them.
+    directory: created if it is missing.
+    base: hub id or directory of the policy without adapters.
     tokenizer: a `transformers` tokenizer.
     card: the text of README.md.
 
@@ -412,7 +415,7 @@ def _write_texts(directory, texts, tokenizer, card):
 
 
 def _split(policy, max_file_bytes) -> list[list[tuple]]:
-  """(their name, our name, our array, layer or None) of every tensor, file by file."""
+  """(their name, our name, our array, layer or None) of every tensor, by file."""
   files, size = [[]], 0
   for entry in sorted(_entries(policy), key=lambda entry: entry[3] or 0):
     _, _, leaf, layer = entry
@@ -434,11 +437,11 @@ def _entries(policy) -> Iterator[tuple]:
 
 
 def _gather(leaf, layer, *, transposed) -> np.ndarray:
-  """One tensor on the host, whole."""
-  everywhere = None
+  """Gathers one tensor on the host."""
+  replicated = None
   if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
-    everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-  array = np.asarray(_take(everywhere)(leaf, layer))
+    replicated = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+  array = np.asarray(_take(replicated)(leaf, layer))
   return np.ascontiguousarray(array.T if transposed else array)
 
 

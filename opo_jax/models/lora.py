@@ -1,12 +1,12 @@
-"""Low-rank adapters: a policy that is trained in a few numbers beside its weights.
+"""LoRA: low-rank adapters, trained while the weights of the base stay frozen.
 
-`add` puts two thin matrices beside the kernel of chosen linear layers: there the policy
-computes `x W + (alpha / rank) (x A) B` (LoRA, https://arxiv.org/abs/2106.09685). B
-starts at zero, so that a fresh adapter changes nothing, and the policy before training
-is the base itself: no second copy of it is needed to measure the KL to it.
+`add` adds two thin matrices to the kernel of chosen linear layers, which then compute
+`x W + (alpha / rank) (x A) B` (https://arxiv.org/abs/2106.09685). B starts at zero, so
+that a new adapter does not change the policy, and the policy before training is the
+base itself: measuring the KL to it needs no second copy.
 
-`split` tells what is trained, the adapters, from what is frozen, all else; `merge`
-computes the weights that do the same without adapters.
+`split` separates trained parameters (the adapters) from frozen ones; `merge` computes
+weights that are equivalent without adapters.
 """
 
 import difflib
@@ -21,7 +21,7 @@ from flax import nnx
 from opo_jax.devices import sharding
 from opo_jax.models.transformer import Linear, Policy
 
-# Our linear layers: where in a block each lies, and what PEFT calls it.
+# Our linear layers -> (the submodule of a block that holds it, its PEFT name).
 LAYERS = {
   "query": ("attention", "q_proj"),
   "key": ("attention", "k_proj"),
@@ -35,15 +35,15 @@ ALL = "all-linear"
 
 
 class LoRAParam(nnx.Param):
-  """A matrix of an adapter: where there are any, they are what is trained."""
+  """A matrix of an adapter. If a policy has any, only these are trained."""
 
 
 class Adapter(nnx.Module):
-  """`scale (x A) B`, A drawn as PEFT draws it, B zero; one for each of L layers.
+  """`scale (x A) B` of L stacked layers; A is initialised as in PEFT, B with zeros.
 
   Args:
     key: of A.
-    shape: [L, in, out] of the kernels beside it.
+    shape: [L, in, out] of the adapted kernels.
     axes: logical axes of `in` and `out`.
     rank: columns of A, rows of B.
     alpha: `scale` is alpha / rank.
@@ -75,18 +75,18 @@ def add(
   alpha: float = 32.0,
   targets: Sequence[str] = (ALL,),
 ) -> Policy:
-  """The policy with an adapter on each target, which does not change it yet.
+  """Adds an adapter to each target; the policy's outputs stay the same.
 
   Args:
-    policy: stays as it is; the two share their weights.
+    policy: not modified; the result shares its weights.
     key: of the adapters.
-    rank: r of A [D, r] and B [r, F]; float32, laid out as the kernel's two axes are.
+    rank: r of A [in, r] and B [r, out]; float32, sharded as the kernel's two axes.
     alpha: the product is scaled by alpha / rank.
     targets: see `layer_names`.
 
   Raises:
-    ValueError: a target that is none, a rank below 1, an alpha that is not above 0, a
-      policy that has adapters.
+    ValueError: an unknown target, a rank below 1, an alpha of 0 or less, or a policy
+      with adapters.
 
   >>> from opo_jax.models import ModelConfig
   >>> sizes = dict(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4)
@@ -104,10 +104,10 @@ def add(
     )
   if dict(adapters(policy)):
     raise ValueError("The policy has adapters already; merge them first.")
-  policy = jax.tree.map(lambda leaf: leaf, policy)  # a module of its own
+  policy = jax.tree.map(lambda leaf: leaf, policy)  # a new module, same arrays
   for name, linear in _linears(policy):
     if name in names:
-      # Each has a key of its own, whatever other targets there are.
+      # Its key does not depend on the other targets.
       own_key = jax.random.fold_in(key, list(LAYERS).index(name))
       shape, axes = linear.kernel.shape, linear.kernel.axes
       linear.adapter = _fresh(own_key, shape, axes, rank, alpha, policy.mesh)
@@ -115,13 +115,13 @@ def add(
 
 
 def layer_names(targets: Sequence[str]) -> tuple[str, ...]:
-  """Our names of the linear layers that are meant, in our order.
+  """Resolves targets to our names of linear layers, in our order.
 
   Args:
     targets: our names (`LAYERS`), PEFT's (`q_proj`), or "all-linear".
 
   Raises:
-    ValueError: a name that is none of these, or no name.
+    ValueError: an unknown name, or no name.
 
   >>> layer_names(["v_proj", "query"])
   ('query', 'value')
@@ -142,19 +142,19 @@ def layer_names(targets: Sequence[str]) -> tuple[str, ...]:
 
 
 def adapters(policy: Policy) -> Iterator[tuple[str, Adapter]]:
-  """The adapters of a policy by the names of their layers."""
+  """Yields the layer name and the adapter of each adapted layer."""
   for name, linear in _linears(policy):
     if linear.adapter is not None:
       yield name, linear.adapter
 
 
 def split(policy: Policy) -> tuple[Policy, Policy]:
-  """What is trained and what is frozen: the policy twice, None where the other has it.
+  """Splits a policy into (trained, frozen) parameters, each with None for the other's.
 
-  Trained are the adapters where there are any, else everything.
+  The adapters are trained if there are any, else all parameters.
 
   Args:
-    policy: or its shapes, gradients and so on.
+    policy: a policy, or a tree like it (shapes, gradients).
   """
   leaves = jax.tree.leaves(policy, is_leaf=_is_param)
   trained = LoRAParam if any(isinstance(leaf, LoRAParam) for leaf in leaves) else object
@@ -170,7 +170,7 @@ def split(policy: Policy) -> tuple[Policy, Policy]:
 
 
 def join(trained: Policy, frozen: Policy) -> Policy:
-  """The inverse of `split`."""
+  """Joins (trained, frozen) parameters: inverts `split`."""
   return jax.tree.map(
     lambda one, other: other if one is None else one,
     trained,
@@ -180,7 +180,7 @@ def join(trained: Policy, frozen: Policy) -> Policy:
 
 
 def without(policy: Policy) -> Policy:
-  """The base: the policy before adapters were added; the two share their weights."""
+  """The base, without adapters; it shares the policy's weights."""
   policy = jax.tree.map(lambda leaf: leaf, policy)
   for _, linear in _linears(policy):
     linear.adapter = None
@@ -188,10 +188,10 @@ def without(policy: Policy) -> Policy:
 
 
 def merge(policy: Policy) -> Policy:
-  """The policy without adapters that computes the same: `W + (alpha / rank) A B`.
+  """Merges adapters into the weights: `W + (alpha / rank) A B`, computes the same.
 
-  Computed in float32 and rounded once, to the dtype of W. Layers without an adapter
-  share their weights with the policy given, which stays as it is.
+  The sum is float32, rounded once to the dtype of W. Layers without an adapter share
+  their weights with `policy`, which is not modified.
   """
   found, policy = dict(adapters(policy)), without(policy)
   for name, linear in _linears(policy):

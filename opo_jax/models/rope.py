@@ -1,9 +1,9 @@
-"""Rotary positions: the frequencies, and how they are stretched to longer contexts.
+"""Rotary position embedding, and its scalings to longer contexts.
 
-A scaling has the fields of `config.json`, under their names there, so that reading and
-writing it needs no second table. All frequencies are computed on the host in float64:
-every backend gets the same, and at position 30,000 a relative error of 1e-6 would turn
-a head by 2 degrees.
+A scaling has the fields of `config.json` under the names they have there, so that
+reading and writing need no second table. Frequencies are computed on the host in
+float64, equal for every backend: at position 30,000 a relative error of 1e-6 would
+rotate a head by 2 degrees.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling:
-  """Positions are divided by `factor` (https://arxiv.org/abs/2306.15595)."""
+  """Linear scaling: divides positions by `factor` (https://arxiv.org/abs/2306.15595)."""
 
   factor: float
 
@@ -29,11 +29,11 @@ class LinearScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
-  """Llama 3.1: slow frequencies are divided by `factor`, fast ones stay.
+  """Llama 3.1: divides low frequencies by `factor` and keeps high ones.
 
-  How often a frequency turns within the original context decides: above
-  `high_freq_factor` times it stays, below `low_freq_factor` it is divided, in between
-  the two are mixed (https://arxiv.org/abs/2407.21783).
+  A frequency is kept if it makes more than `high_freq_factor` turns within the original
+  context, divided below `low_freq_factor` turns, and interpolated in between
+  (https://arxiv.org/abs/2407.21783).
   """
 
   factor: float
@@ -55,10 +55,10 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class YarnScaling:
-  """YaRN: a ramp over the frequencies' indices, and sharper attention.
+  """YaRN: a ramp over frequency indices, and a lower softmax temperature.
 
-  Frequencies that turn more than `beta_fast` times within the original context stay,
-  those below `beta_slow` turns are divided by `factor`. Queries and keys are each
+  Frequencies of more than `beta_fast` turns within the original context are kept, those
+  of less than `beta_slow` turns divided by `factor`. Queries and keys are each
   multiplied by the attention factor (https://arxiv.org/abs/2309.00071).
   """
 
@@ -85,7 +85,7 @@ class YarnScaling:
     head_dim = 2 * len(frequencies)
 
     def index(turns):
-      """Where in the list a frequency turns so often in the original context."""
+      """The index of the frequency with so many turns in the original context."""
       wavelength = self.original_max_position_embeddings / turns
       return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
 
@@ -100,7 +100,7 @@ class YarnScaling:
 
 RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
 
-# `rope_type` in config.json -> its scaling; "default" has none.
+# `rope_type` of config.json -> scaling; "default" has none.
 SCALINGS = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScaling}
 
 
@@ -109,8 +109,8 @@ def rotary(
 ) -> tuple[jax.Array, jax.Array]:
   """cos and sin [B, T, 1, E/2] of the rotary embedding, float32.
 
-  Position p turns the pair e of a head by `p * theta ** (-2 e / E)`, stretched by the
-  scaling (https://arxiv.org/abs/2104.09864).
+  Position p rotates pair e of a head by `p * theta ** (-2 e / E)`, with the
+  scaling applied (https://arxiv.org/abs/2104.09864).
   """
   frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
   length = 1.0
@@ -123,7 +123,7 @@ def rotary(
 
 
 def rotate(x_BTHE: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotates the two halves of each head against each other (the HF layout)."""
+  """Rotates pairs (e, e + E/2) of each head: halves, as in Hugging Face models."""
   cos, sin = rotation
   first, second = jnp.split(x_BTHE.astype(jnp.float32), 2, axis=-1)
   out = jnp.concatenate(

@@ -1,11 +1,11 @@
-"""The decoder. One, for every family: they differ in a `ModelConfig`.
+"""The decoder: one implementation for all families, which differ in a `ModelConfig`.
 
-A `Policy` is an NNX module and, as all NNX modules, a pytree: it can be passed through
-`jax.jit`, differentiated and handed to Optax as it is. Layers are stacked along a first
-axis and scanned, so that compile time does not grow with depth.
+A `Policy` is an NNX module and therefore a pytree: it passes through `jax.jit`,
+`jax.grad` and Optax as it is. Layers are stacked along a first axis and scanned, so
+that compile time does not grow with depth.
 
-Sampler and learner both run `Policy.hidden`; what they share is what makes a policy
-gradient exact.
+Sampler and learner both run `Policy.hidden` on the same parameters, so that their
+log-probs agree up to float rounding.
 """
 
 import functools
@@ -26,10 +26,10 @@ from opo_jax.models.rope import rotary, rotate
 
 
 class Linear(nnx.Module):
-  """`x @ kernel + bias` with logical axes for the two dimensions of the kernel.
+  """`x @ kernel + bias`, with logical axes for both dimensions of the kernel.
 
   Attributes:
-    adapter: None, or what is added to the product, see `models.lora`.
+    adapter: None, or a module whose output is added, see `models.lora`.
   """
 
   def __init__(self, key, sizes, axes, *, std, bias=False):
@@ -38,7 +38,8 @@ class Linear(nnx.Module):
     self.adapter = nnx.data(None)
 
   def __call__(self, x):
-    # As one matrix: XLA:CPU runs the backward pass of a batched product at half speed.
+    # One matrix, not a batch: XLA:CPU runs the backward pass of a batched product at
+    # half the speed.
     rows = x.reshape(-1, x.shape[-1])
     y = rows @ self.kernel[...].astype(x.dtype)
     y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
@@ -60,7 +61,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-  """Causal attention with grouped queries; Qwen3 normalises each query and key."""
+  """Causal grouped-query attention; Qwen3 normalises each query and key."""
 
   def __init__(self, config: ModelConfig, key: jax.Array):
     query, key_, value, out = jax.random.split(key, 4)
@@ -107,6 +108,8 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
+  """A pre-norm transformer layer: attention, then MLP, each with a residual."""
+
   def __init__(self, config: ModelConfig, key: jax.Array):
     attention_key, mlp_key = jax.random.split(key)
     self.attention_norm = RMSNorm(config.width, config.norm_epsilon)
@@ -120,18 +123,20 @@ class Block(nnx.Module):
     return x_BTD + self.mlp(self.mlp_norm(x_BTD)), key_value
 
 
-# What the backward pass computes again, from nothing to nearly everything:
-#   none        nothing: every intermediate array is kept
+# Rematerialisation: what the backward pass recomputes instead of storing it.
+#   none        nothing: every intermediate array is stored
 #   attention   scores and probabilities, the arrays of tokens x tokens
-#   block       all inside of a block; its input is kept
-#   everything  blocks too: of some consecutive ones only the first one's input is kept
-#   offload     as block, and the inputs wait in the host's memory (`pinned_host`)
+#   block       everything within a block; its input is stored
+#   everything  blocks as well: of a run of blocks only the first one's input is stored
+#   offload     as block, with the inputs stored in host memory (`pinned_host`)
 REMAT = ("none", "attention", "block", "everything", "offload")
 
 
 def _scan_blocks(layer: Callable, x: jax.Array, inputs: Any, remat: str) -> Any:
-  """`jax.lax.scan(layer, x, inputs)`, keeping as much as `remat` says."""
+  """`jax.lax.scan(layer, x, inputs)` with rematerialisation."""
   if remat == "everything":
+    # Runs of about sqrt(L) blocks: L / size inputs of runs are stored, and, while a run
+    # is recomputed, the inputs of its `size` blocks; the sum is least at the root.
     num_layers = jax.tree.leaves(inputs)[0].shape[0]
     root = math.isqrt(num_layers)
     size = next(n for n in range(root, 0, -1) if num_layers % n == 0)
@@ -165,13 +170,13 @@ def _check_remat(remat):
 def _look_up(
   table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any, mesh: Mesh | None
 ) -> jax.Array:
-  """[B, T, D] the rows of a table, split over the batch.
+  """The embeddings of tokens, [B, T, D], sharded over the batch.
 
-  Of whole sequences each device looks the tokens of all shards up in its own part of
-  the table, and what it finds goes to where the tokens are. So no device has more of
-  the table's gradient than its part either: left to itself, the compiler adds it up in
-  fewer and larger parts. A single column, as in decoding, is left to it, and rows that
-  the shards of the batch do not divide.
+  For whole sequences, each device looks up the tokens of all shards in its own part of
+  the table and sends the rows it finds to the tokens' devices. Each device then
+  accumulates the gradient of its own part only; the compiler's own plan would hold
+  fewer and larger parts. Single columns (decoding), and batches that the shards do not
+  divide, are left to the compiler.
   """
   B, T = tokens_BT.shape
   if mesh is None or mesh.size == 1 or T == 1 or B % sharding.batch_shards(mesh):
@@ -185,7 +190,15 @@ def _look_up_in_parts(mesh: Mesh, dtype: Any) -> Callable:
     sharding.RULES.mesh_axes(axis) for axis in ("batch", "vocab", "embed")
   )
 
-  @jax.checkpoint  # what the backward pass needs is found again in the token ids
+  # Two shards of `vocab`, V = 4 words each, and the tokens 1 6 3 0 of one row:
+  #
+  #     shard 0, words 0..3     local id  1  6  3  0    here  x . x x
+  #     shard 1, words 4..7     local id -3  2 -1 -4    here  . x . .
+  #
+  # A token is `here` on one shard only, so that the psum over shards adds zeros to its
+  # row. `width` splits D and the batch alike: all_gather collects the tokens of its
+  # devices, all_to_all returns to each device its own rows with the whole width.
+  @jax.checkpoint  # the backward pass recomputes everything from the token ids
   def part(table_VD, tokens_BT):
     tokens_BT = jax.lax.all_gather(tokens_BT, width, tiled=True)
     V = table_VD.shape[0]
@@ -207,16 +220,16 @@ class Policy(nnx.Module):
   """A language model: tokens -> hidden states -> logits.
 
   Args:
-    config: the family's numbers.
-    key: random key of the fresh weights.
+    config: sizes and options of the family.
+    key: random key of the initial weights.
     eos_ids: the tokens that end a response.
-    mesh: where activations lie; None for a single device.
+    mesh: of the activations; None for a single device.
     dtype: of activations.
-    param_dtype: of parameters; float32 masters take the smallest steps.
-    attention: what whole sequences go through, see `attention.choose_backend`.
+    param_dtype: of parameters; small steps get lost in less than float32.
+    attention: the backend for whole sequences, see `attention.choose_backend`.
   """
 
-  # What a Hugging Face class of this kind is `For`.
+  # The suffix `For...` of the Hugging Face class.
   head = "CausalLM"
 
   def __init__(
@@ -252,13 +265,13 @@ class Policy(nnx.Module):
     )
     self.final_norm = RMSNorm(config.width, config.norm_epsilon)
     self.untied = None if config.tie_embeddings else table(unembedding_key)
-    # Drawn in float32, whatever they are kept in.
+    # Initialised in float32, then cast.
     state = nnx.state(self, nnx.Param)
     nnx.update(self, jax.tree.map(lambda leaf: leaf.astype(param_dtype), state))
 
   @property
   def unembedding(self) -> jax.Array:
-    """[V, D] in the activations' dtype."""
+    """The unembedding [V, D], in the dtype of activations."""
     table = self.embedding if self.untied is None else self.untied
     return table[...].astype(self.dtype)
 
@@ -271,17 +284,16 @@ class Policy(nnx.Module):
     cache: tuple[Keys, ...] = (),
     remat: str = "none",
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Final hidden states, after the last norm.
+    """Computes the hidden states after the final norm.
 
     Args:
       tokens_BT: int32.
       positions_BT: int32, for the rotary embedding.
       segment_ids_BT: a token attends to earlier columns of its own segment; 0 is
-        padding. All one segment where it is None.
+        padding. None: one segment.
       cache: further keys to attend to: key and value [L, C, K, S, E], mask [C, 1, S];
-        positions [C, S] where the model has a sliding window.
-      remat: what the backward pass computes again instead of keeping it, one of
-        `REMAT`.
+        positions [C, S] if the model has a sliding window.
+      remat: what the backward pass recomputes, one of `REMAT`.
 
     Returns:
       hidden [B, T, D], and the new (keys, values), each [L, B, K, T, E].
@@ -332,10 +344,10 @@ class Policy(nnx.Module):
       )
 
   def in_compute_dtype(self) -> "Policy":
-    """The same function with its matrices kept in the dtype they are multiplied in.
+    """Casts the matrices to the dtype they are multiplied in; the function is the same.
 
-    A decode step reads all of them; in bfloat16 that is half of what float32 masters
-    take. The scales of the norms are multiplied in float32 and stay.
+    A decode step reads all matrices: in bfloat16 half the bytes of float32 parameters.
+    The scales of norms are multiplied in float32 and stay float32.
     """
 
     def cast(path, leaf):
@@ -345,7 +357,7 @@ class Policy(nnx.Module):
     return jax.tree_util.tree_map_with_path(cast, self)
 
   def _windowed(self) -> jax.Array | None:
-    """[L] whether a layer's attention has the sliding window; None: none or all do."""
+    """Whether each layer has the sliding window, [L]; None: all layers or none."""
     config = self.config
     if not config.sliding_window or len(config.sliding_layers) == config.num_layers:
       return None
@@ -353,8 +365,11 @@ class Policy(nnx.Module):
     return layers.at[jnp.array(config.sliding_layers, int)].set(True)
 
   def _precision(self):
-    """float32 means float32: accelerators would otherwise round the factors (TF32 on
-    GPU, bfloat16 passes on TPU), and sampler and learner by different amounts."""
+    """Exact float32 products in a float32 model.
+
+    Accelerators would round the factors (TF32 on GPU, bfloat16 passes on TPU), and
+    differently in sampler and learner.
+    """
     exact = "highest" if self.dtype == jnp.float32 else None
     return jax.default_matmul_precision(exact)
 
@@ -365,12 +380,12 @@ class Policy(nnx.Module):
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
   ) -> jax.Array:
-    """Next-token logits of whole sequences.
+    """Computes the next-token logits of whole sequences.
 
     Args:
       tokens: [B, T] int32.
-      positions: [B, T]; 0, 1, 2, … where it is None.
-      segment_ids: [B, T]; 0 is padding; one segment where it is None.
+      positions: [B, T]; None: 0, 1, 2, …
+      segment_ids: [B, T]; 0 is padding. None: one segment.
 
     Returns:
       [B, T, V] float32.
