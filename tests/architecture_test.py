@@ -19,11 +19,15 @@ PACKAGE = ROOT / "opo_jax"
 # about the architecture. A package stands for itself and for all of its modules.
 MAY_IMPORT = """
 opo_jax:
-__main__: commands config devices loop planning.plan reports reward_training variance
+__main__: commands config devices loop planning reports reward_training variance
 advantages:
-build: advantages config devices.sharding learner models rewards.reward_model rollouts
-  sampler
-commands: config data evaluation run storage
+build: config devices learner models sampler
+commands:
+commands.data: data
+commands.evaluate: build config evaluation run scorer storage
+commands.export: config models run
+commands.sample: build config data.prompts run
+commands.variance: build config run scorer storage.json_files variance
 config:
 data:
 data.arithmetic: data.prompts
@@ -36,22 +40,37 @@ data.sources: data.arithmetic data.builders data.decontaminate data.preferences
   data.prompts data.stream rewards.answers
 data.stream: data.prompts
 devices:
+devices.aot:
 devices.distributed: devices.environment devices.sharding
 devices.environment:
 devices.memory:
 devices.profiling:
 devices.sharding:
-evaluation: evaluation.statistics
+evaluation: evaluation.estimators evaluation.responses evaluation.summary
+  evaluation.tables
 evaluation.diversity:
-evaluation.graded: evaluation.statistics
-evaluation.statistics: evaluation.diversity
-learner: learner.update
+evaluation.estimators:
+evaluation.evaluator: build data.preferences evaluation evaluation.graded metrics run
+  scorer
+evaluation.graded: evaluation.responses evaluation.summary
+evaluation.responses:
+evaluation.summary: evaluation.diversity evaluation.estimators evaluation.responses
+evaluation.tables:
+learner: learner.algorithm learner.forward learner.state learner.update
+learner.algorithm: advantages losses
+learner.forward: devices.sharding learner.packing logprobs losses models.attention
+  rollouts
+learner.metrics: advantages learner.packing rollouts
+learner.optimizer:
 learner.packing:
-learner.update: advantages devices.sharding learner.packing logprobs losses
-  models.attention rollouts
+learner.state: devices.sharding models.lora
+learner.update: advantages devices learner.algorithm learner.forward learner.metrics
+  learner.packing learner.state losses models.lora rollouts
 logprobs:
-loop: build config devices reward_training run storage
+loop: build config devices evaluation.evaluator learner metrics protocols
+  reports.terminal reward_training rollouts run sampler scorer sft storage
 losses: advantages
+metrics:
 models: models.config models.config_json models.hf models.transformer
 models.attention: models.flash
 models.card:
@@ -64,18 +83,32 @@ models.lora: devices.sharding models.transformer
 models.rope:
 models.transformer: devices.sharding models.attention models.config models.rope
 planning:
+planning.command: config planning.plan planning.search planning.topologies
 planning.hlo:
-planning.plan: build config devices.sharding models planning.hlo sampler.decoding
+planning.jaxpr:
+planning.plan: build config devices models planning.hlo planning.jaxpr planning.programs
+  planning.replication planning.simulation planning.topologies
+planning.programs: build config devices learner models rollouts sampler
+planning.replication: planning.hlo planning.jaxpr
+planning.search: config planning.plan planning.topologies
+planning.simulation: sampler.decoding
+planning.topologies: config
 problems: config data devices.distributed
+protocols: data.prompts learner rollouts sampler scorer
 reports:
-reports.compare: evaluation reports.plots reports.report
-reports.plots:
-reports.report: evaluation.statistics reports.plots
-reward_training: config data devices.sharding evaluation.statistics models
-  rewards.reward_model rollouts run sft storage
+reports.charts: reports.run_files reports.style
+reports.compare: evaluation reports.plots reports.report reports.run_files reports.style
+reports.plots: reports.charts reports.run_files reports.style
+reports.report: evaluation reports.charts reports.run_files
+reports.run_files:
+reports.style: reports.run_files
+reports.terminal:
+reward_training: build config data devices.sharding evaluation learner metrics models
+  rewards.reward_model rollouts run scorer sft storage
 rewards: rewards.custom rewards.math_verifier rewards.pool
 rewards.answers: rewards.numeric
 rewards.custom:
+rewards.early:
 rewards.math_verifier: rewards.answers rewards.numeric rewards.quantities
   rewards.spelling
 rewards.numeric:
@@ -85,17 +118,39 @@ rewards.reward_model: devices.sharding models rollouts
 rewards.shaping: rewards.answers
 rewards.spelling: rewards.answers
 rollouts:
-run: build config data devices evaluation problems rewards rollouts scorer sft storage
-sampler: sampler.decoding sampler.engine
-sampler.decoding: devices.sharding models rollouts sampler.tokens
-sampler.engine: devices models.transformer rollouts sampler.decoding sampler.tokens
-sampler.tokens:
-scorer:
-sft: build config data rollouts storage.metrics
+run: build config data devices models problems reports.terminal scorer storage.directory
+sampler: sampler.engine sampler.params sampler.schedule sampler.state
+sampler.batch: devices models.transformer rollouts sampler.decoding sampler.params
+  sampler.prefill sampler.schedule sampler.state
+sampler.decoding: devices.sharding models rollouts sampler.params sampler.schedule
+  sampler.state sampler.tokens
+sampler.engine: devices models.transformer rollouts sampler.batch sampler.decoding
+  sampler.lowering sampler.params sampler.prefill sampler.schedule sampler.state
+sampler.lowering: devices models.transformer sampler.decoding sampler.params
+  sampler.prefill sampler.state
+sampler.params: models.transformer
+sampler.prefill: devices.sharding models.transformer rollouts sampler.params
+  sampler.state
+sampler.schedule:
+sampler.state: devices.sharding sampler.params
+sampler.tokens: sampler.params
+scorer: config data devices reports.terminal rewards rollouts
+sft: build config data metrics rollouts run sampler storage.json_files
 storage:
 storage.checkpoint:
-storage.metrics:
-variance: advantages learner rollouts
+storage.directory: config devices.distributed models.lora storage.checkpoint
+  storage.json_files storage.run_json
+storage.json_files:
+storage.record: storage.json_files
+storage.run_json: storage.json_files
+variance: variance.estimates variance.estimators variance.gram variance.measurement
+  variance.statistics variance.tables
+variance.estimates: advantages rollouts variance.estimators variance.gram
+variance.estimators: advantages
+variance.gram: learner rollouts
+variance.measurement: rollouts variance.estimates variance.gram variance.statistics
+variance.statistics: variance.estimators
+variance.tables:
 """
 
 
