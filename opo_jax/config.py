@@ -70,7 +70,7 @@ class Model:
   # Data type of parameters. bfloat16 halves their memory and rounds away updates
   # smaller than 1/256 of a weight. LoRA adapters are float32 in any case.
   param_dtype: Literal["float32", "bfloat16"] = "float32"
-  # Rank of the LoRA adapters, which RL then trains alone. 0: RL trains all parameters.
+  # Rank of the LoRA adapters; RL then trains only these. 0: RL trains all parameters.
   # See docs/lora.md.
   lora_rank: NonNegativeInt = 0
   # Scale of the adapters: their product is multiplied by lora_alpha / lora_rank.
@@ -145,12 +145,12 @@ class Reward:
   # boxed: a closed, non-empty \boxed{}; think: reasoning that ends with one </think>,
   # then the box.
   format: Literal["boxed", "think"] = "boxed"
-  # Largest length penalty (DAPO's soft overlong punishment), subtracted in full at
+  # Weight of DAPO's soft overlong penalty: subtracted in full from a response of
   # max_new_tokens.
   overlong_weight: NonNegativeFloat = 0.0
-  # Tokens before max_new_tokens over which the length penalty grows linearly from 0.
+  # Tokens before max_new_tokens over which the soft overlong penalty grows linearly.
   overlong_tokens: int = 0
-  # Repetition penalty: subtracts this times the fraction of repeated token n-grams.
+  # Weight of the repetition penalty: subtracted times the fraction of repeated n-grams.
   repetition_weight: NonNegativeFloat = 0.0
   # n of the repetition penalty's n-grams, tokens.
   repetition_ngram: PositiveInt = 20
@@ -216,8 +216,8 @@ class Rollout:
   # Decoding slots: responses that are decoded at the same time. 0: as many as fit into
   # memory.
   slots: NonNegativeInt = 0
-  # Data type of the KV cache. Empty: that of the activations. A narrower type is not
-  # exactly on-policy; onpolicy/logprob_diff_* measure the difference.
+  # Data type of the KV cache. Empty: that of the activations. With a narrower type,
+  # sampler and learner differ; onpolicy/logprob_diff_* measure by how much.
   cache_dtype: Literal["", "float32", "bfloat16"] = ""
   # While sampling, hold the full weights on every fsdp shard instead of gathering them
   # for every token. Memory per device: the policy's size / mesh.tensor.
@@ -249,7 +249,7 @@ class Algorithm:
   aggregation: Literal[
     "token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "constant"
   ] = "token_mean"
-  # Optimiser steps per rollout batch. 1: exactly on-policy.
+  # Optimiser steps per rollout batch. 1: exact on-policy.
   updates_per_batch: PositiveInt = 1
   # Gradient accumulation: tokens per micro-batch, over all devices, prompts and padding
   # included. 0: no accumulation. Memory grows with it; below a few thousand tokens per
@@ -469,8 +469,8 @@ def _check_reward(reward: Reward, max_new_tokens: int) -> None:
     )
   if reward.overlong_weight and not 0 < reward.overlong_tokens <= max_new_tokens:
     raise ValueError(
-      f"--reward.overlong-tokens is {reward.overlong_tokens}; the length penalty must"
-      f" grow over 1 to {max_new_tokens} tokens (--reward.overlong-tokens"
+      f"--reward.overlong-tokens is {reward.overlong_tokens}; the soft overlong"
+      f" penalty grows over 1 to {max_new_tokens} tokens (--reward.overlong-tokens"
       f" {max(1, max_new_tokens // 5)})."
     )
   if reward.verifier == "reward_model" and reward.truncated == "incorrect":
@@ -502,7 +502,7 @@ def _check_algorithm(algorithm: Algorithm, prompts_per_step: int) -> None:
     raise ValueError(
       f"--algorithm.updates-per-batch {updates} is off-policy after the first update,"
       " and policy_gradient does not correct for it; use --algorithm.loss ppo_clip, or"
-      " 1 update for exactly on-policy training (gspo, cispo and tis correct too)."
+      " 1 update for exact on-policy training (gspo, cispo and tis correct too)."
     )
   if prompts_per_step % updates:
     raise ValueError(

@@ -275,11 +275,11 @@ REFUSED = [
   ({"reward.verifier": "reward_model"}, "use --reward.truncated scored or masked."),
   (
     {"reward.overlong-weight": 1.0, "reward.overlong-tokens": 25},
-    "must grow over 1 to 24 tokens (--reward.overlong-tokens 4).",
+    "grows over 1 to 24 tokens (--reward.overlong-tokens 4).",
   ),
   (
     {"reward.overlong-weight": 1.0},
-    "--reward.overlong-tokens is 0; the length pen",
+    "--reward.overlong-tokens is 0; the soft over",
   ),
   ({"data.max-pass-rate": 0.9}, "need the pass rates of the start policy: --data.pass"),
   (

@@ -158,7 +158,7 @@ def unknown_arguments(text):
     line = each.split("\n\n")[0]  # to the next command, or the end of the paragraph
     command = re.match(r"[a-z-]*", line)[0]
     for name in re.findall(r"\bEXP=([a-z]\w*)", line):
-      if name not in experiments:
+      if name not in [*experiments, "name"]:  # any of them
         yield f"make {command} EXP={name}"
     known = flags(variance.Settings if command == "variance" else Config)
     for arguments in re.findall(r'\bARGS="([^"]*)"', line):
