@@ -1,4 +1,4 @@
-"""The launch scripts without a cloud: syntax, dry runs, and tpu_vm.sh on a fake gcloud."""
+"""The launch scripts without a cloud: syntax, dry runs, a fake gcloud."""
 
 import os
 import pathlib
@@ -88,7 +88,7 @@ exit "$status" """
 
 
 def launch(sandbox, *outcomes):
-  """Runs tpu_vm.sh with a fake gcloud. Outcomes: its verb, exit status, VM state after."""
+  """Runs tpu_vm.sh with a fake gcloud. Outcome: verb, exit status, VM state after."""
   (sandbox / "outcomes").write_text("".join(f"{line}\n" for line in outcomes))
   program(sandbox, "gcloud", GCLOUD)
   program(sandbox, "sleep", "")
