@@ -69,7 +69,9 @@ def loop(name):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_block_of_a_page_runs_as_printed(page):
+def test_every_block_of_a_page_runs_as_printed(page, request):
+  if "as_text" in page.read_text():
+    request.getfixturevalue("no_compilation_cache")
   loop(page.stem) if page.stem in LOOPS else run(page)
 
 
