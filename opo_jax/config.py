@@ -1,7 +1,8 @@
 """All settings of a run, one page. Each is a flag: `--rollout.group-size 16`.
 
-A field's comment is its `--help` text; its type carries its limits. Only the modules
-that assemble a run read these classes; all others take plain values.
+A field's comment and a section's docstring are their `--help` texts; a field's type
+carries its limits. Only the modules that assemble a run read these classes; all others
+take plain values.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import math
 import pathlib
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 
 @dataclass(frozen=True)
@@ -437,12 +438,12 @@ class Config:
 
 def _limited_fields(section: Any, prefix: str = ""):
   """(flag, value, limits) of every field with limits, in this section and below."""
-  for name, hint in get_type_hints(type(section), include_extras=True).items():
-    value = getattr(section, name)
+  for each in dataclasses.fields(section):
+    name, value = f"{prefix}{each.name}", getattr(section, each.name)
     if dataclasses.is_dataclass(value):
-      yield from _limited_fields(value, f"{prefix}{name}.")
-    for limits in getattr(hint, "__metadata__", ()):
-      yield f"--{prefix}{name}".replace("_", "-"), value, limits
+      yield from _limited_fields(value, f"{name}.")
+    for limits in getattr(each.type, "__metadata__", ()):  # of Annotated
+      yield f"--{name}".replace("_", "-"), value, limits
 
 
 def _check_data(data: Data) -> None:
