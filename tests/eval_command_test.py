@@ -17,8 +17,6 @@ from opo_jax.evaluation.statistics import pass_rates, read_responses, summarise
 from opo_jax.run import Run
 from opo_jax.storage.checkpoint import Checkpoints, fingerprint
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 FLAGS = ["--eval.problems=6", "--eval.samples=2", "--eval.chunk=2"]
 
 
