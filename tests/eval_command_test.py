@@ -41,6 +41,11 @@ def run(tmp_path_factory):
   return untrained(config, directory)
 
 
+@jax.jit
+def scaled(policy):
+  return jax.tree.map(lambda leaf: 1.5 * leaf, policy)
+
+
 def untrained(config, directory):
   problems = arithmetic.load("train")
   with Run(config, directory) as made:
@@ -49,7 +54,7 @@ def untrained(config, directory):
     stream = sources.ProblemStream(problems, seed=0)
     with Checkpoints(directory / "checkpoints", keep=2) as checkpoints:
       for step in (1, 2):
-        policy = jax.tree.map(lambda leaf: 1.5 * leaf, state.policy)
+        policy = scaled(state.policy)
         state = dataclasses.replace(state, policy=policy, step=jnp.int32(step))
         made.save(checkpoints, step, state, stream.state())
   return directory
