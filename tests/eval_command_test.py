@@ -19,8 +19,6 @@ from opo_jax.evaluation.evaluator import Evaluator
 from opo_jax.run import Run
 from opo_jax.storage.checkpoint import fingerprint
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 FLAGS = ["--eval.problems=6", "--eval.samples=2", "--eval.chunk=2"]
 
 
@@ -45,6 +43,11 @@ def run(tmp_path_factory):
   return untrained(config, directory)
 
 
+@jax.jit
+def scaled(policy):
+  return jax.tree.map(lambda leaf: 1.5 * leaf, policy)
+
+
 def untrained(config, directory):
   problems = arithmetic.load("train")
   made = Run(config, directory)
@@ -53,7 +56,7 @@ def untrained(config, directory):
   stream = sources.ProblemStream(problems, seed=0)
   with made.directory.checkpoints() as checkpoints:
     for step in (1, 2):
-      policy = jax.tree.map(lambda leaf: 1.5 * leaf, state.policy)
+      policy = scaled(state.policy)
       state = dataclasses.replace(state, policy=policy, step=jnp.int32(step))
       checkpoints.save_state(step, state, stream.state())
   return directory
