@@ -1,25 +1,27 @@
-"""Losses: log-probs, advantages and a mask become one scalar.
+"""Losses: log-probs, advantages and a mask -> a scalar to minimise.
 
-`mask[N, T]` marks the trainable tokens: the end token is one of them, prompt, padding
-and tool tokens are not. Advantages are `[N]` or `[N, T]` and never get a gradient.
-Losses are to be minimised. Arithmetic is float32, and what stands where `mask` is False
-is not read, NaN included. Every loss gives `(loss, aux)` and takes these options:
+`mask[N, T]` marks the trainable tokens: the end token is one of them; prompt, padding
+and tool tokens are not. Advantages are `[N]` or `[N, T]` and receive no gradient.
+Arithmetic is float32; values where `mask` is False, NaN included, are not read. Every
+loss returns `(loss, aux)` and takes these options:
 
-- `aggregation`: how token losses become one number, see `aggregate`.
+- `aggregation`: how token losses are reduced to a scalar, see `aggregate`.
 - `normalizer`: the denominator of a loss belongs to the *step*, not to the micro-batch.
-  When a step is split, take `step_normalizer(mask, how)` once over all of it and pass
-  it to every part: the parts then add up to the loss of the whole, however it was
-  split.
-- `segment_ids[N, T]`: which response of its row a token belongs to, 1, 2, ... within
-  the row and 0 for padding, where several are packed into one row. A response is then
-  treated as if it had a row of its own; advantages come as `[N, T]`.
-- `importance_weights`, `[N]` or `[N, T]`: what each token's loss is multiplied with,
-  taken as constants, such as `truncated_importance` gives.
-- `entropy[N, T]`: only measured; `aux["entropy"]` is its mean.
+  When a step is split, compute `step_normalizer(mask, how)` once for the whole step and
+  pass it for every part: the losses of the parts then add up to that of the step, for
+  every split.
+- `segment_ids[N, T]`: for packed rows, the response that a token belongs to: 1, 2, ...
+  within the row, 0 for padding. A packed response has the same loss as in a row of its
+  own; advantages are `[N, T]`.
+
+      segment_ids    1 1 1 2 2 3 3 3 0 0
+- `importance_weights`, `[N]` or `[N, T]`: constant factors of the token losses, such as
+  those of `truncated_importance`.
+- `entropy[N, T]`: measured only; `aux["entropy"]` is its mean.
 
 `aux` describes the trainable tokens of this call: `ratio[N, T]` (1 where `mask` is
-False) and `clipped[N, T]` for a part of a step, and as means over the tokens
-`clip_fraction`, `approx_kl` (k3 of the old policy to the new one) and `entropy`.
+False), `clipped[N, T]`, and as means over tokens `clip_fraction`, `approx_kl` (k3 of
+the old policy to the new one) and `entropy`.
 """
 
 import difflib
@@ -43,7 +45,7 @@ Aux = dict[str, jax.Array]
 def step_normalizer(
   mask: jax.Array, how: str, *, segment_ids: jax.Array | None = None
 ) -> jax.Array:
-  """What `aggregate` divides by: trainable tokens, or responses that have any.
+  """The denominator of `aggregate`: trainable tokens, or responses with any.
 
   Args:
     mask: [N, T] bool of the whole optimiser step, over all micro-batches and hosts.
@@ -54,7 +56,7 @@ def step_normalizer(
     float32 scalar, at least 1.
 
   Raises:
-    ValueError: an unknown name, or `constant`, whose denominator is the caller's.
+    ValueError: an unknown name, or `constant`, whose denominator the caller chooses.
 
   >>> import jax.numpy as jnp
   >>> mask = jnp.array([[True, True, False], [False, False, False]])
@@ -66,8 +68,8 @@ def step_normalizer(
   _check_name("aggregation", how, AGGREGATIONS)
   if how == "constant":
     raise ValueError(
-      "aggregation 'constant' has no normalizer of its own; pass one, in Dr. GRPO rows"
-      " x longest response."
+      "aggregation 'constant' has no normalizer of its own; pass one (Dr. GRPO: rows x"
+      " longest response)."
     )
   mask = _trainable(mask, segment_ids)
   counted = mask if how == "token_mean" else _sequence_sums(mask, segment_ids) > 0
@@ -82,7 +84,7 @@ def aggregate(
   normalizer: float | jax.Array | None = None,
   segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-  """One scalar from per-token values.
+  """Reduces per-token values to a scalar.
 
       token_mean                sum of all tokens / number of tokens  (DAPO)
       sequence_mean_token_sum   mean over responses of their sum
@@ -90,18 +92,18 @@ def aggregate(
       constant                  sum of all tokens / normalizer        (Dr. GRPO)
 
   Args:
-    values: [N, T]. What stands where `mask` is False is not read, NaN included.
+    values: [N, T]; not read where `mask` is False.
     mask: [N, T] bool.
     how: one of `AGGREGATIONS`.
-    normalizer: the denominator, where these rows are only a part of the step.
+    normalizer: the denominator, if these rows are a part of the step.
     segment_ids: [N, T] where rows are packed.
 
   Returns:
-    float32 scalar; 0 where the mask is empty.
+    float32 scalar; 0 for an empty mask.
 
   Raises:
     ValueError: an unknown name, shapes that differ, `constant` without a normalizer,
-      a plain number for one that is not above 0.
+      or a plain number of 0 or less for it.
 
   >>> import jax.numpy as jnp
   >>> values = jnp.array([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]])
@@ -133,24 +135,24 @@ def policy_gradient(
   importance_weights: jax.Array | None = None,
   entropy: jax.Array | None = None,
 ) -> tuple[jax.Array, Aux]:
-  """REINFORCE: the loss whose gradient is `-A grad log pi`.
+  """REINFORCE: the loss with gradient `-A grad log pi`.
 
       loss = aggregate(-A_i log pi(y_t))
 
-  The objective of OPO: on-policy, the ratio to the sampling policy is 1 and any
+  The objective of OPO. On-policy, the ratio to the sampling policy is 1, and every
   clipped objective has this gradient.
 
   Args:
-    logprobs: [N, T] of the policy being trained.
-    advantages: [N] or [N, T], taken as constants.
+    logprobs: [N, T] of the trained policy.
+    advantages: [N] or [N, T], constants.
     mask: [N, T] bool, trainable tokens.
     aggregation, normalizer, segment_ids, importance_weights, entropy: see the module.
 
   Returns:
-    float32 scalar, and a dict with `entropy` where it was given.
+    float32 scalar, and a dict with `entropy` if it was given.
 
   Raises:
-    ValueError: shapes that do not fit, an unknown aggregation.
+    ValueError: mismatched shapes, an unknown aggregation.
 
   >>> import jax.numpy as jnp
   >>> logprobs, mask = jnp.array([[-1.0, -3.0]]), jnp.array([[True, True]])
@@ -187,28 +189,28 @@ def opo_loss(
 
       loss = aggregate(-(r_i - b_g) log pi(y_t))        b_g = sum l r / sum l
 
-  Lengths are counted from the mask. The baseline is over the rows of *this call*: in
-  micro-batches keep each group whole and pass the step's `normalizer`, and the parts
-  add up exactly. Where groups are cut, or rows packed, take the advantages of the
-  whole step from `advantages.ESTIMATORS` and give them to `policy_gradient`.
+  Lengths are counted from the mask. The baseline is over the rows of *this call*: if
+  micro-batches keep groups whole and pass the step's `normalizer`, their losses add up
+  exactly. If groups are cut, or rows packed, compute the advantages of the whole step
+  with `advantages.ESTIMATORS` and pass them to `policy_gradient`.
 
   Args:
-    logprobs: [N, T] of the policy being trained, one response in a row.
+    logprobs: [N, T] of the policy being trained, one response per row.
     rewards: [N]; may be NaN where `valid` is False.
     mask: [N, T] bool, trainable tokens.
-    group_ids: [N] integers in `[0, num_groups)`: which prompt a row answers.
+    group_ids: [N] integers in `[0, num_groups)`: the prompt of each row.
     num_groups: G, static.
-    estimator: a name in `advantages.ESTIMATORS`, or such a function, for example
+    estimator: a name in `advantages.ESTIMATORS`, or a function like them, for example
       `functools.partial(opo, alpha=0.8)`.
-    valid: [N] bool; False leaves a row out of baseline, loss and normaliser. A
-      `normalizer` of the caller's is taken of `mask & valid[:, None]`.
+    valid: [N] bool; False excludes a row from baseline, loss and normaliser. Compute a
+      `normalizer` of your own from `mask & valid[:, None]`.
     aggregation, normalizer, importance_weights, entropy: see the module.
 
   Returns:
-    float32 scalar, and a dict with `advantages` [N], and `entropy` where it was given.
+    float32 scalar, and a dict with `advantages` [N], and `entropy` if it was given.
 
   Raises:
-    ValueError: shapes that do not fit, unknown names, and what `advantages` refuses.
+    ValueError: mismatched shapes, unknown names, and the errors of `advantages`.
 
   >>> import jax
   >>> import jax.numpy as jnp
@@ -262,24 +264,24 @@ def ppo_clip(
       rho  = exp(log pi - log pi_old)
       loss = aggregate(-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A))
 
-  GRPO (https://arxiv.org/abs/2402.03300) has `sequence_mean_token_mean`. DAPO
-  (https://arxiv.org/abs/2503.14476) clips higher above than below, which lets rare
-  tokens grow: `clip_low=0.2, clip_high=0.28` and `token_mean`.
+  GRPO (https://arxiv.org/abs/2402.03300) uses `sequence_mean_token_mean`. DAPO
+  (https://arxiv.org/abs/2503.14476) raises the upper bound, which lets rare tokens
+  grow: `clip_low=0.2, clip_high=0.28` and `token_mean`.
 
   Args:
-    logprobs: [N, T] of the policy being trained.
-    old_logprobs: [N, T] of the policy before the updates, taken as constants.
-    advantages: [N] or [N, T], taken as constants.
+    logprobs: [N, T] of the trained policy.
+    old_logprobs: [N, T] of the policy before the updates, constants.
+    advantages: [N] or [N, T], constants.
     mask: [N, T] bool, trainable tokens.
-    clip_low, clip_high: how far the ratio may move below and above 1.
+    clip_low, clip_high: widths of the clip range below and above 1.
     aggregation, normalizer, segment_ids, importance_weights, entropy: see the module.
 
   Returns:
     float32 scalar, and `ratio`, `clipped`, `clip_fraction`, `approx_kl` (and
-    `entropy`): `clipped` marks the tokens whose gradient the clip cut off.
+    `entropy`): `clipped` marks the tokens whose gradient the clip zeroed.
 
   Raises:
-    ValueError: shapes that do not fit, an unknown aggregation.
+    ValueError: mismatched shapes, an unknown aggregation.
 
   >>> import jax.numpy as jnp
   >>> old, mask = jnp.array([[-1.0, -2.0]]), jnp.array([[True, True]])
@@ -312,31 +314,31 @@ def gspo(
   importance_weights: jax.Array | None = None,
   entropy: jax.Array | None = None,
 ) -> tuple[jax.Array, Aux]:
-  """GSPO: one ratio for a whole response, https://arxiv.org/abs/2507.18071, equation 5.
+  """GSPO: one ratio per response, https://arxiv.org/abs/2507.18071, equation 5.
 
       s_i  = (pi(y_i) / pi_old(y_i)) ^ (1 / l_i) = exp(mean_t log-ratio_t)
       loss = aggregate(-min(s_i A, clip(s_i, 1 - clip_low, 1 + clip_high) A))
 
-  Every token carries its response's value, so `sequence_mean_token_mean` is the paper's
-  mean over responses; the other aggregations weigh responses by their length. The
-  gradient goes through the tokens (the paper's GSPO-token): the same for an advantage
-  per response, and credit where it belongs for one per token.
+  Every token has its response's value, so that `sequence_mean_token_mean` is the
+  paper's mean over responses; the other aggregations weight responses by length. The
+  gradient flows through the tokens (the paper's GSPO-token): equal to GSPO's for
+  advantages per response, and defined for advantages per token.
 
   Args:
-    logprobs: [N, T] of the policy being trained.
-    old_logprobs: [N, T] of the policy before the updates, taken as constants.
-    advantages: [N] or [N, T], taken as constants.
-    mask: [N, T] bool, trainable tokens: the l_i of the ratio are counted from it.
-    clip_low, clip_high: how far the ratio of a response may move below and above 1; a
-      mean over tokens moves far less than a token, hence the paper's small defaults.
+    logprobs: [N, T] of the trained policy.
+    old_logprobs: [N, T] of the policy before the updates, constants.
+    advantages: [N] or [N, T], constants.
+    mask: [N, T] bool, trainable tokens, from which l_i is counted.
+    clip_low, clip_high: widths of the clip range below and above 1. A mean over
+      tokens varies far less than a token, hence the paper's small values.
     aggregation, normalizer, segment_ids, importance_weights, entropy: see the module.
 
   Returns:
-    float32 scalar, and a dict as `ppo_clip` gives: `ratio` is the response's at each of
+    float32 scalar, and a dict as from `ppo_clip`; `ratio` is the response's, at each of
     its tokens.
 
   Raises:
-    ValueError: shapes that do not fit, an unknown aggregation.
+    ValueError: mismatched shapes, an unknown aggregation.
 
   >>> import jax.numpy as jnp
   >>> old, mask = jnp.array([[-1.0, -2.0]]), jnp.array([[True, True]])
@@ -349,7 +351,7 @@ def gspo(
   log_ratio = _log_ratio(logprobs, old_logprobs, mask)
   total = _to_tokens(_sequence_sums(log_ratio, segment_ids), segment_ids)
   mean = total / _sequence_lengths(mask, segment_ids)
-  # The value of the response, the gradient of the token.
+  # The value is the response's ratio, the gradient that of the token's log-prob.
   ratio = jnp.exp(jax.lax.stop_gradient(mean - log_ratio) + log_ratio)
   ratio = jnp.where(mask, ratio, 1.0)
   advantages = _per_token(advantages, importance_weights, mask)
@@ -378,26 +380,26 @@ def cispo(
 
       loss = aggregate(-sg(clip(rho, 1 - clip_low, 1 + clip_high)) A log pi)
 
-  The clip bounds the weight of a token and cuts no token's gradient off. The paper
-  bounds only above (`clip_low=1.0` is no bound below) and names no value; the default
-  of at most 5 is what ScaleRL (https://arxiv.org/abs/2510.13786) and TRL recommend.
-  With `clip_low=1.0` this is `policy_gradient` with `truncated_importance` of cap
-  `1 + clip_high`.
+  The clip bounds the weight of a token, and zeroes no token's gradient. The paper
+  bounds only from above (`clip_low=1.0` is no bound below) and gives no value; ScaleRL
+  (https://arxiv.org/abs/2510.13786) and TRL recommend the default bound of 5. With
+  `clip_low=1.0` it equals `policy_gradient` with `truncated_importance` of cap `1 +
+  clip_high`.
 
   Args:
-    logprobs: [N, T] of the policy being trained.
-    old_logprobs: [N, T] of the policy before the updates, taken as constants.
-    advantages: [N] or [N, T], taken as constants.
+    logprobs: [N, T] of the trained policy.
+    old_logprobs: [N, T] of the policy before the updates, constants.
+    advantages: [N] or [N, T], constants.
     mask: [N, T] bool, trainable tokens.
-    clip_low, clip_high: how far the weight may lie below and above 1.
+    clip_low, clip_high: widths of the clip range below and above 1.
     aggregation, normalizer, segment_ids, importance_weights, entropy: see the module.
 
   Returns:
-    float32 scalar, and a dict as `ppo_clip` gives: `clipped` marks the tokens whose
-    ratio was out of bounds.
+    float32 scalar, and a dict as from `ppo_clip`; `clipped` marks the tokens with a
+    ratio out of bounds.
 
   Raises:
-    ValueError: shapes that do not fit, an unknown aggregation.
+    ValueError: mismatched shapes, an unknown aggregation.
 
   >>> import jax.numpy as jnp
   >>> old, mask = jnp.array([[-1.0, -4.0]]), jnp.array([[True, True]])
@@ -427,8 +429,8 @@ def importance_ratio(
 ) -> jax.Array:
   """`pi / pi_old` per token, [N, T] float32; 1 where `mask` is False.
 
-  Bounded to [exp(-20), exp(20)], beyond which float32 would soon give infinity, and a
-  finite loss a NaN gradient.
+  Bounded to [exp(-20), exp(20)]: beyond, float32 soon overflows to infinity, and a
+  finite loss has a NaN gradient.
 
   >>> import jax.numpy as jnp
   >>> new, old = jnp.log(jnp.array([[0.5, 0.9]])), jnp.log(jnp.array([[0.25, 0.1]]))
@@ -445,18 +447,19 @@ def truncated_importance(
   *,
   cap: float = 2.0,
 ) -> jax.Array:
-  """Truncated importance sampling: corrects for a sampler that is not the learner.
+  """Truncated importance sampling: corrects for a sampler other than the learner.
 
       w = min(pi_learner / pi_sampler, cap)
 
-  Given to a loss as `importance_weights`. In `ppo_clip`, `gspo` and `cispo` the ratio
-  is to the learner's own `old_logprobs`, and so are these: (old_logprobs,
-  sampling_logprobs). Where `old_logprobs` are the sampler's, the ratio corrects already
-  and must not be counted twice. https://fengyao.notion.site/off-policy-rl
+  Pass it to a loss as `importance_weights`. The ratio of `ppo_clip`, `gspo` and `cispo`
+  is relative to `old_logprobs`; if those are the learner's own, call this function with
+  (old_logprobs, sampling_logprobs). If `old_logprobs` are the sampler's, the ratio
+  already corrects, and weights would correct twice.
+  https://fengyao.notion.site/off-policy-rl
 
   Args:
-    logprobs: [N, T] of the learner, taken as constants.
-    sampling_logprobs: [N, T] as the sampler drew the tokens.
+    logprobs: [N, T] of the learner, constants.
+    sampling_logprobs: [N, T] under the distribution that the tokens were sampled from.
     mask: [N, T] bool, trainable tokens.
     cap: the largest weight.
 
@@ -464,7 +467,7 @@ def truncated_importance(
     [N, T] float32 without a gradient; 1 where `mask` is False.
 
   Raises:
-    ValueError: shapes that differ, a cap that is not above 0.
+    ValueError: shapes that differ, a cap of 0 or less.
 
   >>> import jax.numpy as jnp
   >>> learner, sampler = jnp.array([[-1.0, -1.0]]), jnp.array([[-1.0, -3.0]])
@@ -483,16 +486,16 @@ def kl(
   *,
   estimator: str = "k3",
 ) -> jax.Array:
-  """Estimates of KL(pi || reference) per token, from tokens that pi sampled.
+  """Estimates KL(pi || reference) per token, from tokens that pi sampled.
 
       k1 = log pi - log ref        k2 = k1^2 / 2        k3 = exp(-k1) - 1 + k1
 
-  k1 and k3 are unbiased as values. k3 is never negative; its exponent is bounded as
-  that of `importance_ratio` is. http://joschu.net/blog/kl-approx.html
+  The values of k1 and k3 are unbiased. k3 is never negative; its exponent is bounded as
+  in `importance_ratio`. http://joschu.net/blog/kl-approx.html
 
-  As a penalty that is differentiated on the policy's own tokens, take `k2`: its
-  gradient is that of the KL on average, `E[k1 grad log pi]`. The gradient of k1 is
-  `grad log pi`, zero on average, and that of k3 is of KL(reference || pi).
+  For a penalty that is differentiated on the policy's own tokens, use `k2`: its
+  expected gradient `E[k1 grad log pi]` is that of the KL. The expected gradient of k1
+  is zero (`E[grad log pi]`), that of k3 belongs to KL(reference || pi).
 
   Args:
     logprobs: [N, T] of the policy that sampled.
@@ -523,12 +526,12 @@ def kl(
   return jnp.expm1(-k1) + k1
 
 
-# exp(20) = 5e8. No token that was sampled is this far off but by a mistake.
+# exp(20) = 5e8. A sampled token with a larger ratio indicates a bug.
 _MAX_LOG_RATIO = 20.0
 
 
 def _log_ratio(logprobs, old_logprobs, mask):
-  """[N, T] float32, 0 where `mask` is False, gradient by `logprobs` alone."""
+  """[N, T] float32, 0 where `mask` is False, with a gradient for `logprobs` only."""
   mask = _trainable(mask, logprobs=logprobs, old_logprobs=old_logprobs)
   difference = jnp.asarray(logprobs, jnp.float32) - jax.lax.stop_gradient(
     jnp.asarray(old_logprobs, jnp.float32)
@@ -538,7 +541,7 @@ def _log_ratio(logprobs, old_logprobs, mask):
 
 
 def _clipped_surrogate(ratio, advantages, clip_low, clip_high):
-  """min(rho A, clip(rho) A), and where the clip is what the minimum takes."""
+  """min(rho A, clip(rho) A), and where the minimum is the clipped term."""
   _check_numbers(zero=True, clip_low=clip_low, clip_high=clip_high)
   free = ratio * advantages
   bounded = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages
@@ -565,7 +568,7 @@ def _sequence_sums(values, segment_ids):
   values = jnp.asarray(values, jnp.float32)
   if segment_ids is None:
     return values.sum(-1, keepdims=True)
-  # A segment has a token at least, so that 1, 2, ... never go beyond T.
+  # A segment has at least one token, so that ids 1, 2, ... never exceed T.
   num_segments = values.shape[1] + 1
   return jax.vmap(lambda v, i: jax.ops.segment_sum(v, i, num_segments))(
     values, segment_ids
@@ -573,19 +576,19 @@ def _sequence_sums(values, segment_ids):
 
 
 def _to_tokens(sums, segment_ids):
-  """`_sequence_sums` back at each token: an array that broadcasts to [N, T]."""
+  """Broadcasts `_sequence_sums` to the tokens: an array that broadcasts to [N, T]."""
   if segment_ids is None:
     return sums
   return jnp.take_along_axis(sums, segment_ids, axis=1, mode="clip")
 
 
 def _sequence_lengths(mask, segment_ids):
-  """Trainable tokens of each token's response, at least 1."""
+  """The number of trainable tokens of each token's response, at least 1."""
   return jnp.maximum(_to_tokens(_sequence_sums(mask, segment_ids), segment_ids), 1.0)
 
 
 def _trainable(mask, segment_ids=None, **arrays):
-  """The mask as bool, padding left out; all arrays have its shape [N, T]."""
+  """The mask as bool, without padding; checks that all arrays are [N, T]."""
   arrays = {"mask": mask, "segment_ids": segment_ids, **arrays}
   shapes = {name: jnp.shape(a) for name, a in arrays.items() if a is not None}
   if len(set(shapes.values())) != 1 or len(shapes["mask"]) != 2:
@@ -602,7 +605,7 @@ def _trainable(mask, segment_ids=None, **arrays):
 
 
 def _check_segments(segment_ids):
-  """Refuses ids out of range where they can be seen: not inside of `jit`."""
+  """Raises ValueError for concrete ids out of range; under `jit` none is concrete."""
   if isinstance(segment_ids, jax.core.Tracer) or not getattr(
     segment_ids, "is_fully_addressable", True
   ):
@@ -620,7 +623,7 @@ def _per_token(advantages, importance_weights, mask):
   product = _broadcast("advantages", advantages, mask)
   if importance_weights is not None:
     product *= _broadcast("importance_weights", importance_weights, mask)
-  # Masked before they meet a log-prob: the gradient there would be 0 * NaN.
+  # Masked before the product with a log-prob, whose gradient would be 0 * NaN.
   return jax.lax.stop_gradient(jnp.where(mask, product, 0.0))
 
 
@@ -637,7 +640,7 @@ def _broadcast(name, values, mask):
 
 
 def _check_numbers(*, zero=False, **numbers):
-  """Refuses plain numbers that are not above 0 (or 0 itself); arrays are not read."""
+  """Raises ValueError for plain numbers of 0 or less; arrays are not checked."""
   for name, number in numbers.items():
     plain = isinstance(number, (int, float, np.number))
     if plain and not (number > 0 or (zero and number == 0)):
