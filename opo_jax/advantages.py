@@ -412,8 +412,8 @@ def _prepare(
   in_range = (group_ids >= 0) & (group_ids < num_groups)
   weights = jnp.asarray(weights, jnp.float32)
   counts = jnp.asarray(valid, bool) & in_range & (weights > 0)
-  # `where`, not `* 0`: the reward of an unscorable row may be NaN. Weights of 0 become 1
-  # before the power, whose derivative by alpha is infinite at 0.
+  # `where`, not `* 0`: the reward of an unscorable row may be NaN. Weights of 0 become
+  # 1 before the power, whose derivative by alpha is infinite at 0.
   rewards = jnp.where(counts, jnp.asarray(rewards, jnp.float32), 0.0)
   powers = jnp.where(counts, weights, 1.0) ** (2 * alpha)
   return rewards, jnp.where(counts, powers, 0.0), group_ids, counts
@@ -468,8 +468,8 @@ def _check_energy(energy, mask):
   if wrong.any():
     row, token = np.argwhere(wrong)[0]
     raise ValueError(
-      f"Row {row} has energy {energy[row, token]} at a trainable token,"
-      f" {token}; it must be finite (a mask of False excludes a token)."
+      f"Row {row} has energy {energy[row, token]} at token {token}, which is trainable;"
+      " it must be finite (a mask of False excludes a token)."
     )
 
 
