@@ -10,7 +10,8 @@
 #   make report RUN=…       make export RUN=… OUT=directory
 #   make variance RUN=… [ARGS="--steps 0 60 120 --prompts 64"]
 #   make plan EXP=quickstart TOPOLOGY=v5e:2x2 [ARGS="--search"]
-#   make test               make lint               make bench
+#   make test [WORKERS=2] [ARGS="tests/losses_test.py -k clip"]
+#   make lint               make bench
 #   make bench-peers        (the same beside TRL and Tunix, which get a .venv-peers)
 #   make test-parity        beside transformers; installs PyTorch into .venv-parity
 #   make test-plan          for absent TPUs; installs libtpu into .venv-plan
@@ -83,8 +84,12 @@ export: $(INSTALLED)
 	@test -n "$(OUT)" || { echo "error: where to? make export RUN=$(RUN) OUT=directory" >&2; exit 2; }
 	@$(OPO) export "$(RUN)" "$(OUT)" $(ARGS)
 
+# A worker needs 2 GiB and runs whole files, so that a file's fixtures are made once.
+WORKERS ?= 2
+PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed-dev
-	@$(VENV)/bin/python -m pytest -q $(ARGS)
+	@$(VENV)/bin/python $(PYTEST) $(ARGS)
 
 # PyTorch and libtpu stay out of $(VENV): with libtpu there, JAX looks for a TPU at every
 # start. Each has a venv of its own, with the extra of its name.
@@ -105,7 +110,7 @@ $(PARITY_VENV)/.installed $(PLAN_VENV)/.installed: setup.py constraints.txt
 	@touch $@
 
 test-parity: $(PARITY_VENV)/.installed
-	@$(PARITY_PYTHON) -m pytest -q tests/parity $(ARGS)
+	@$(PARITY_PYTHON) $(PYTEST) tests/parity $(ARGS)
 
 # The table in docs/models.md.
 parity-table: $(PARITY_VENV)/.installed
@@ -116,7 +121,7 @@ plan: $(PLAN_VENV)/.installed
 	@$(PLAN_PYTHON) -m opo_jax plan "$(EXP)" "$(TOPOLOGY)" $(ARGS)
 
 test-plan: $(PLAN_VENV)/.installed
-	@$(PLAN_PYTHON) -m pytest -q tests/attention_test.py tests/planning_test.py -k absent $(ARGS)
+	@$(PLAN_PYTHON) $(PYTEST) tests/attention_test.py tests/planning_test.py -k absent $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -56,6 +56,7 @@ setup(
     "parity": ["torch==2.13.0", "peft>=0.21,<0.22"],
     "dev": [
       "pytest>=9,<10",
+      "pytest-xdist>=3.8,<4",
       "hypothesis>=6.150,<7",
       "ruff>=0.17,<0.18",
       "equinox>=0.13,<0.14",  # only docs/equinox.md, which the tests run

@@ -19,6 +19,7 @@ import jax
 from opo_jax import build, sampler
 from opo_jax.config import Config, Mesh, Model
 from opo_jax.models import ModelConfig, Policy, lora
+from opo_jax.planning.programs import abstract_run
 
 # config.json of DeepSeek-R1-Distill-Qwen-7B, by its shapes.
 QWEN_7B = {
@@ -42,7 +43,8 @@ COLUMNS = ("policy", "start policy", "gradient", "optimiser", "sampler's copy")
 def held(model: Model) -> tuple[int, dict[str, int]]:
   """Numbers that are trained, and bytes of what lives from step to step."""
   config = Config(model=model, mesh=Mesh(fsdp=len(jax.devices())))
-  state = build.build(config, eos_ids=(0,), vocab_size=1000).like_state
+  mesh, shape = build.make_mesh(config), build.model_config(config)
+  state = abstract_run(config, mesh, shape).state
   trained, frozen = lora.split(state.policy)
   copied = jax.tree.leaves(state.policy) if model.param_dtype != model.dtype else []
   return sum(leaf.size for leaf in jax.tree.leaves(trained)), {

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from opo_jax import losses, models
-from opo_jax.learner.update import response_logprobs
+from opo_jax.learner import response_logprobs
 from opo_jax.models.attention import BACKENDS
-from opo_jax.sampler.engine import generate
+from opo_jax.sampler import generate
 
 BENCH_SMALL = models.ModelConfig(4096, 256, 1024, 6, 8, 2, 32, initializer_range=0.12)
 # Activations, stored keys and values.

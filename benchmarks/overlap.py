@@ -31,10 +31,12 @@ def main() -> None:
 
   import numpy as np
 
+  from opo_jax import build
   from opo_jax.config import Config, Model, Reward, Rollout
   from opo_jax.data import sources
   from opo_jax.rewards import RewardPool
   from opo_jax.run import Run
+  from opo_jax.scorer import on_host
 
   config = Config(
     model=Model(initializer_range=0.08),
@@ -45,20 +47,27 @@ def main() -> None:
   seconds = {(early, phase): [] for early in (0, 1) for phase in ("rollout", "reward")}
   with (
     tempfile.TemporaryDirectory() as directory,
-    Run(config, pathlib.Path(directory)) as run,
     RewardPool(slow, workers=options.workers, timeout_s=5) as pool,
   ):
-    run.verifier = pool
-    state = run.parts.start(run.parts.init())
+    run = Run(config, pathlib.Path(directory))
+    sampler, scorer = build.make_sampler(config), run.make_scorer()
+    scorer.pool, policy = pool, run.init_policy()
     problems = sources.load(config.data.train, "train")[: 32 * (1 + options.rounds)]
     for turn in range(1 + options.rounds):  # the first one compiles
       asked, rewards = problems[32 * turn :][:32], {}
       for early in (0, 1):
         begin = time.perf_counter()
-        scoring = run.scoring(asked)
-        rollouts = run.sample(state, asked, turn, scoring=scoring if early else None)
+        scorer.begin(asked)
+        rollouts = sampler.sample(
+          policy,
+          run.encode(asked),
+          build.rollout_params(config),
+          seed=turn,
+          on_ended=scorer.add if early else None,
+        )
+        rollouts = on_host(rollouts, run.mesh)
         sampled = time.perf_counter()
-        _, rewards[early] = run.score(rollouts, asked, scoring)
+        rewards[early] = scorer.finish(rollouts).verified
         if turn:
           seconds[early, "rollout"].append(sampled - begin)
           seconds[early, "reward"].append(time.perf_counter() - sampled)
@@ -77,7 +86,7 @@ def main() -> None:
       f"scored {name}: rollout {rollout:.2f} s, reward {reward:.2f} s,"
       f" together {rollout + reward:.2f} s (medians of {options.rounds})"
     )
-  print(f"{scoring.num_early} of {count} were handed out before sampling had ended")
+  print(f"{scorer.batch.num_early} of {count} were scored before sampling ended")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from rollouts import in_turns, prompts
 
 from opo_jax.devices import sharding
 from opo_jax.models import ModelConfig, Policy
-from opo_jax.sampler import decoding
-from opo_jax.sampler.engine import generate
+from opo_jax.sampler import generate
+from opo_jax.sampler.prefill import sampling_weights
 
 SHAPE = ModelConfig(32_768, 896, 4864, 6, 14, 2, 64)
 
@@ -44,7 +44,7 @@ def main(repeats: int, tensor: int, tokens: int) -> None:
 
   times = in_turns(
     {
-      "reshard": lambda: decoding.sampling_weights(policy, True),
+      "reshard": lambda: sampling_weights(policy, True),
       "gathered once": lambda: sample(True),
       "gathered for every token": lambda: sample(False),
     },

@@ -36,8 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opo_jax.models import ModelConfig, Policy
-from opo_jax.sampler import decoding
-from opo_jax.sampler.engine import generate
+from opo_jax.sampler import decoding, generate, schedule
 
 BENCH_SMALL = ModelConfig(4096, 256, 1024, 6, 8, 2, 32)
 ACCELERATOR_SHAPES = {
@@ -155,10 +154,10 @@ def long_tail(policy: Policy, repeats: int, python: str | None) -> None:
     "opo_jax, refill off, busy ones moved": batches,
   }
   times = in_turns(contenders, repeats)
-  most, decoding.MIN_SLOTS = decoding.MIN_SLOTS, slots
+  most, schedule.MIN_SLOTS = schedule.MIN_SLOTS, slots
   decoding.decode.clear_cache()
   times |= in_turns({"opo_jax, refill off": batches}, repeats)
-  decoding.MIN_SLOTS = most
+  schedule.MIN_SLOTS = most
   times["TRL"] = peer(python, "trl", "long_tail", 1, lengths)
   table(int(lengths.sum()), times)
 

@@ -26,8 +26,7 @@ import numpy as np
 import optax
 from rollouts import BENCH_SMALL, in_turns, log_normal_lengths, peer, table
 
-from opo_jax import learner as trainer
-from opo_jax.advantages import ESTIMATORS
+from opo_jax.learner import Algorithm, PolicyGradientLearner
 from opo_jax.models import ModelConfig, Policy
 from opo_jax.rollouts import Rollouts
 from opo_jax.sampler.engine import generate
@@ -45,29 +44,20 @@ class Learner:
   """An update with its state, on rollouts that stay the same."""
 
   def __init__(self, policy, rollouts: Rollouts, rewards: np.ndarray, **options):
-    optimizer = optax.adamw(1e-6)
-    algorithm = trainer.Algorithm(
-      ESTIMATORS["opo"],
-      trainer.OBJECTIVES["policy_gradient"],
-      require_on_policy=False,
-      **options,
-    )
-    self.update = trainer.Update(algorithm, optimizer)
-    self.rollouts, self.rewards = rollouts, jnp.asarray(rewards, jnp.float32)
-    policy = jax.tree.map(jnp.copy, policy)
-    self.state = trainer.TrainState(policy, optimizer.init(policy), jnp.int32(0))
-    self.metrics = {}
+    algorithm = Algorithm(require_on_policy=False, **options)
+    self.learner = PolicyGradientLearner(algorithm, optax.adamw(1e-6))
+    self.rollouts, self.rewards = rollouts, rewards.astype(np.float32)
+    self.state, self.metrics = self.learner.init(policy), {}
 
   def learn(self):
-    self.state, self.metrics, _ = self.update(
-      self.state, self.rollouts, self.rewards, self.rewards > -1
-    )
+    self.state, measured = self.learner.update(self.state, self.rollouts, self.rewards)
+    self.metrics = measured.scalars
     return jax.block_until_ready(self.state.policy)
 
   def temporary_bytes(self) -> int:
     """What the update of a full batch needs besides state and rollouts."""
-    compiled = self.update.trace(self.state, self.rollouts)[0].lower().compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    program = self.learner.lower(self.state, self.rollouts).traced
+    return program.lower().compile().memory_analysis().temp_size_in_bytes
 
 
 def make(

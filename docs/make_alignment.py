@@ -1,11 +1,11 @@
-"""Runs what docs/alignment.md reports, and writes the figures down.
+"""Makes the results that docs/alignment.md reports.
 
     .venv/bin/python docs/make_alignment.py [runs/alignment]
 
-Four runs, about 15 minutes on two quiet cores; a run that is complete is not repeated.
+Four runs, about 15 minutes on two idle cores; complete runs are not repeated.
 Writes `docs/results/alignment.json`, `docs/alignment.png` and the table in
-`docs/alignment.md`. The quickstart stops at step 80; here it goes on to 120, to show
-what comes then.
+`docs/alignment.md`. The quickstart stops at step 80; here it continues to step 120, to
+show what follows.
 """
 
 import json
@@ -21,7 +21,7 @@ from opo_jax.reports import style
 from opo_jax.reports.run_files import read_metrics
 
 DOCS = pathlib.Path(__file__).parent
-# label: (experiment, further flags)
+# label: (experiment, additional flags)
 RUNS = {
   "seed 0": ("alignment_quickstart", ["--steps=120"]),
   "seed 1": ("alignment_quickstart", ["--steps=120", "--seed=1"]),
@@ -51,7 +51,7 @@ def main(directory: pathlib.Path) -> None:
 
 
 def table(results: dict) -> str:
-  """The table of docs/alignment.md: one line a run and step."""
+  """The table of docs/alignment.md: one row per run and step."""
   lines = [
     "| run | step | true score | true win rate | reward-model score | KL to start |",
     "|---|---|---|---|---|---|",
@@ -70,29 +70,29 @@ def _in_words(interval: list[float]) -> str:
 
 
 def truth_accuracy() -> float:
-  """How many held-out pairs the true score puts in the order of their labels."""
+  """Share of held-out pairs that the true score orders as labelled; a tie counts ½."""
   pairs = preferences.load_pairs("preferences", "test")
   ahead = np.array([preferences.true_margin(pair) for pair in pairs])
   return round(float(((ahead > 0) + 0.5 * (ahead == 0)).mean()), 3)
 
 
 def evaluations(path: pathlib.Path) -> dict[int, dict]:
-  """{step: row} of the steps that were evaluated."""
+  """{step: row} of the steps with an evaluation."""
   rows = read_metrics(path)
   return {row["step"]: row for row in rows if "eval/preferences/true_score" in row}
 
 
 def summary(path: pathlib.Path) -> dict:
-  """The figures of one finished run."""
+  """The result-file entry of one finished run."""
   pairs = read_metrics(path / "reward_model")
-  warm = [json.loads(line) for line in (path / "sft.jsonl").open()]
+  sft = [json.loads(line) for line in (path / "sft.jsonl").open()]
   rows, last = read_metrics(path), pairs[-1]
   figures = {
     "commit": json.loads((path / "run.json").read_text())["commit"],
     "held-out accuracy": round(last["eval/pairs/accuracy"], 3),
     "held-out accuracy interval": interval(last, "eval/pairs/accuracy"),
     "true accuracy": round(last["eval/pairs/true_accuracy"], 3),
-    "warm start s": round(sum(row["time/step_s"] for row in warm)),
+    "SFT s": round(sum(row["time/step_s"] for row in sft)),
     "reward model s": round(sum(row.get("time/step_s", 0.0) for row in pairs)),
     "RL s": round(sum(row.get("time/step_s", 0.0) for row in rows)),
     "evaluation s": round(sum(row.get("time/eval_s", 0.0) for row in rows)),
@@ -117,7 +117,7 @@ def interval(row, name) -> list[float]:
 
 
 def draw(paths: dict[str, pathlib.Path], out: pathlib.Path) -> None:
-  """Reward-model score and true score over steps, and the true one over KL."""
+  """Plots reward-model score and true score over steps, and true score over KL."""
   figure = Figure(figsize=(11, 3.4), layout="constrained")
   panels = figure.subplots(1, 3)
   for color, (label, path) in zip(style.RUN_COLORS, paths.items(), strict=False):
@@ -134,8 +134,8 @@ def draw(paths: dict[str, pathlib.Path], out: pathlib.Path) -> None:
       panel.plot(x, values, ".-", color=color, label=label)
       if x is steps:
         panel.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
-  titles = ("what the reward model thinks", "how good they are", "how good they are")
-  labels = ("RL step", "RL step", "KL to the start (nats a token)")
+  titles = ("reward-model score", "true score", "true score over KL")
+  labels = ("RL step", "RL step", "KL to start (nats per token)")
   for panel, title, xlabel in zip(panels, titles, labels, strict=True):
     panel.set(title=title, xlabel=xlabel)
     panel.grid(color="#e3e6ea", linewidth=0.6)

@@ -3,8 +3,8 @@
     .venv/bin/python docs/make_plans.py
     .venv-plan/bin/python docs/make_plans.py NAME [NAME ...]
 
-The second form compiles these plans first, minutes each, as `make plan` does (which
-makes .venv-plan).
+The second form first compiles the named plans, minutes each; `make plan` creates
+.venv-plan.
 """
 
 import json
@@ -25,7 +25,7 @@ def _micro_batch(tokens):
   return f"--algorithm.micro-batch-tokens {tokens}"
 
 
-# File -> EXP, TOPOLOGY and ARGS of `make plan`.
+# Name of the file -> EXP, TOPOLOGY and ARGS of `make plan`.
 COMMANDS = {
   "0.5b-v5e-1x1": ("opo_qwen2_5_0_5b_gsm8k", "v5e:1x1", _micro_batch(8_192)),
   "0.5b-v5e-2x4": ("opo_qwen2_5_0_5b_gsm8k", "v5e:2x4", ""),
@@ -45,8 +45,8 @@ COMMANDS = {
 }  # fmt: skip
 
 PROGRAM_NAMES = ("reshard", "prefill", "decode", "update")
-# Plans of which each program has a row.
-PROGRAMS = (
+# Plans with a row for each program.
+DETAILED = (
   "0.5b-v5e-2x4",
   "7b-8k-v5p-4x4x4",
   "7b-8k-v6e-8x8",
@@ -58,8 +58,7 @@ PROGRAMS = (
 def main(names: list[str]) -> None:
   for name in names:
     compile_plan(name)
-  text = PAGE.read_text()
-  PAGE.write_text(written(text))
+  PAGE.write_text(with_tables(PAGE.read_text()))
 
 
 def compile_plan(name: str) -> None:
@@ -70,16 +69,16 @@ def compile_plan(name: str) -> None:
   command_line.main(["plan", experiment, topology, "--out", out, *flags.split()])
 
 
-def written(page: str) -> str:
-  """The page with its tables made anew."""
+def with_tables(page: str) -> str:
+  """The page with its tables replaced by those of the plans."""
   for section, table in (
-    ("programs", programs_table(PROGRAMS)),
+    ("programs", programs_table(DETAILED)),
     ("whole", whole_table(COMMANDS)),
     ("commands", commands_table()),
   ):
     before, start, rest = page.partition(f"<!-- {section} -->\n")
     _, end, after = rest.partition(f"<!-- /{section} -->")
-    assert start and end, f"{PAGE} has no place for {section}"
+    assert start and end, f"{PAGE} lacks the comments <!-- {section} -->"
     page = before + start + table + end + after
   return page
 
@@ -151,9 +150,9 @@ def _sum(program, made) -> str:
 
 
 def _bound(program) -> str:
-  """Seconds, and what they are spent on."""
-  what, seconds = max(program["seconds"].items(), key=lambda item: item[1])
-  return f"{seconds:.3g} {what}"
+  """The slowest resource: its seconds and its name."""
+  resource, seconds = max(program["seconds"].items(), key=lambda item: item[1])
+  return f"{seconds:.3g} {resource}"
 
 
 def _table(head, rows) -> str:

@@ -1,8 +1,8 @@
-"""Runs what the README and experiments/README.md report, and writes the figures down.
+"""Makes the results that README.md and experiments/README.md report.
 
     .venv/bin/python docs/make_results.py [runs/results]
 
-Seven runs, about 15 minutes on two cores; a run that is complete is not repeated.
+Seven runs, about 15 minutes on two cores; complete runs are not repeated.
 Writes `docs/results/quickstart.json`, `docs/quickstart.png` and `docs/variants.png`.
 """
 
@@ -15,7 +15,7 @@ from opo_jax.reports import plots
 from opo_jax.reports.run_files import read_metrics
 
 DOCS = pathlib.Path(__file__).parent
-# label: (experiment, further flags)
+# label: (experiment, additional flags)
 RUNS = {
   "opo, seed 0": ("quickstart", []),
   "opo, seed 1": ("quickstart", ["--seed=1"]),
@@ -48,10 +48,10 @@ def main(directory: pathlib.Path) -> None:
 
 
 def summary(path: pathlib.Path) -> dict:
-  """The figures of one finished run."""
+  """The result-file entry of one finished run."""
   rows = read_metrics(path)
   run = json.loads((path / "run.json").read_text())
-  warm = [json.loads(line) for line in (path / "sft.jsonl").open()]
+  sft = [json.loads(line) for line in (path / "sft.jsonl").open()]
   evaluated = [row for row in rows if "eval/arithmetic/pass@1" in row]
   first, last, steps = evaluated[0], evaluated[-1], rows[1:]
   pass_1 = "eval/arithmetic/pass@1"
@@ -70,7 +70,7 @@ def summary(path: pathlib.Path) -> dict:
     "final KL to start": round(steps[-1]["policy/kl_to_start"], 4),
     "largest logprob_diff_max": max(s["onpolicy/logprob_diff_max"] for s in steps),
     "largest clip_fraction": round(max(s["onpolicy/clip_fraction"] for s in steps), 4),
-    "warm start s": round(sum(row["time/step_s"] for row in warm)),
+    "SFT s": round(sum(row["time/step_s"] for row in sft)),
     "RL s": round(sum(row["time/step_s"] for row in steps)),
     "evaluation s": round(sum(row["time/eval_s"] for row in evaluated)),
   }

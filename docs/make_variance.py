@@ -1,9 +1,9 @@
-"""Runs what docs/variance.md reports, and writes the figures down.
+"""Makes the results that docs/variance.md reports.
 
     .venv/bin/python docs/make_variance.py [runs/variance]
 
-Trains the quickstart with its checkpoints kept and measures it at the start, in the
-middle and at the end: about 10 minutes on two cores. Writes
+Trains the quickstart, keeps its checkpoints, and measures the start, middle and end of
+training: about 10 minutes on two cores. Writes
 `docs/results/variance.json` and `docs/variance.png`, and prints the page's tables.
 """
 
@@ -31,7 +31,7 @@ def main(directory: pathlib.Path) -> None:
 
 
 def write_down(directory: pathlib.Path) -> None:
-  """The measurement without the points of its figure, to four digits."""
+  """Writes the measurement to four digits, without the points of its figure."""
   rows = json.loads((directory / "variance.json").read_text())["policies"]
   kept = [
     {name: _rounded(value) for name, value in row.items() if name != "points"}
@@ -62,14 +62,14 @@ def tables(result: dict) -> str:
   facts = {
     "reward": "reward/mean",
     "length, tokens": "response_length/mean",
-    "its coefficient of variation": "response_length/cv",
-    "length of right answers": "response_length/right",
-    "length of wrong answers": "response_length/wrong",
-    "mean of `|s|²`, right": "score/squared_norm_right",
-    "mean of `|s|²`, wrong": "score/squared_norm_wrong",
-    "share of the largest hundredth in `Σ|s|²`": "score/largest_percent_share",
+    "length, coefficient of variation": "response_length/cv",
+    "length of correct responses": "response_length/right",
+    "length of incorrect responses": "response_length/wrong",
+    "mean of `|s|²`, correct": "score/squared_norm_right",
+    "mean of `|s|²`, incorrect": "score/squared_norm_wrong",
+    "share of the largest 1 % of responses in `Σ|s|²`": "score/largest_percent_share",
   }
-  block("the responses", facts, lambda name, row: f"{row[facts[name]]:.3g}")
+  block("responses", facts, lambda name, row: f"{row[facts[name]]:.3g}")
 
   def fit(name, row):
     quantity, how = name.split(", ")

@@ -9,6 +9,7 @@ Result:   see docs/alignment.md.
 """
 
 from opo_jax.config import (
+  SFT,
   Config,
   Data,
   Eval,
@@ -17,7 +18,6 @@ from opo_jax.config import (
   Reward,
   RewardModel,
   Rollout,
-  Sft,
 )
 
 
@@ -29,7 +29,7 @@ def get_config() -> Config:
     data=Data(train="preferences", tokenizer="preferences"),
     reward=Reward(verifier="reward_model", truncated="scored"),
     reward_model=RewardModel(steps=600, learning_rate=2e-3),
-    sft=Sft(steps=300, batch_size=64, learning_rate=3e-3),
+    sft=SFT(steps=300, batch_size=64, learning_rate=3e-3),
     rollout=Rollout(max_new_tokens=17),
     optimizer=Optimizer(learning_rate=3e-4),
     eval=Eval(every=20, benchmarks=("preferences",), problems=128, samples=4),

@@ -6,7 +6,7 @@ Hardware: any; 2 CPU cores need 2 to 3 minutes, half a minute to one for the war
 Result:   see README.md and experiments/README.md.
 """
 
-from opo_jax.config import Config, Eval, Model, Optimizer, Sft
+from opo_jax.config import SFT, Config, Eval, Model, Optimizer
 
 
 def get_config() -> Config:
@@ -15,7 +15,7 @@ def get_config() -> Config:
     steps=120,
     # The usual 0.02 is for wide models; at width 128 it learns far more slowly.
     model=Model(initializer_range=0.08),
-    sft=Sft(steps=200, learning_rate=3e-3),
+    sft=SFT(steps=200, learning_rate=3e-3),
     optimizer=Optimizer(learning_rate=1e-4),
     eval=Eval(every=10, problems=256, samples=16),
   )

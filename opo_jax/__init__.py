@@ -1,41 +1,44 @@
 """OPO: on-policy reinforcement learning of language models with the optimal baseline.
 
-Where to start reading: `loop.py` is the run from top to bottom on the host,
-`trainer.py` the update on the device, `advantages.py` the idea of the paper.
+Start with `loop.py`, the training loop on the host; `learner/update.py` is the update
+on the device, and `advantages.py` holds the paper's estimator. `docs/glossary.md`
+defines every name.
 
-    __main__    the commands: train, eval, report, export
-    config      every knob on one page
-    loop        prompts -> rollouts -> rewards -> update -> record
-    run         the phases of a step, and what stays the same throughout
-    reward_training preference pairs -> a reward model
-    commands    evaluate, export, ask, measure: a run that is there already
-    build       Config -> policy, optimiser, sampler, update
-    advantages  rewards, lengths, groups -> advantages
-    losses      log-probs, advantages, mask -> scalar
-    logprobs    hidden states x unembedding -> log-prob, entropy, energy
-    rollouts    the one type that crosses rooms
-    trainer     the jitted on-policy update
-    packing     which tokens it computes, and in which rows
-    sampler     prefill once per prompt, decode with a cache
-    sharding    mesh, logical axes, host <-> global arrays
-    checkpoint  Orbax: everything a run needs to go on, together
-    evaluation  pass@k, maj@k, mean@n with intervals; a file of responses
-    diversity   texts -> Self-BLEU, distinct-n, repetition
-    judging     mean scores, and win rates over the start policy
-    metrics     JSON lines, TensorBoard, progress, run.json
-    plots       run directory -> figures
-    report      run directory -> report.html, with the figures inside
-    compare     several runs -> paired differences, compare.html
-    models      one decoder for the families, Hugging Face format in and out
-    data        prompts, sources, preference pairs, two embedded tasks
-    rewards     math verification in processes with a time limit, reward models
+    __main__         command line: parses the config, dispatches the command
+    config           every setting, its flag and its limits
+    loop             the training loop: sample, score, update, record
+    run              context of a run: tokenizer, mesh, policy's shapes, seeds
+    build            config -> policy, sampler, learner
+    protocols        Sampler, Scorer, Learner: what a replacement implements
+    problems         training stream and held-out problems
+    scorer           rollouts -> rewards, overlapped with sampling
+    sft              supervised fine-tuning before RL
+    reward_training  preference pairs -> reward model
+    commands         evaluate, export, sample from and measure a finished run
+    advantages       rewards, lengths, groups -> advantages         (the paper)
+    losses           log-probs, advantages, mask -> loss
+    logprobs         hidden states, unembedding -> log-prob, entropy, energy
+    rollouts         the batch that sampler, scorer and learner share
+    metrics          times, rewards and lengths of a step
+    variance         gradient variance of every estimator
+    sampler          prompts -> rollouts: SamplingParams, prefill, decode loop
+    learner          rollouts, rewards -> next state: packing, update, optimiser
+    models           one decoder for all families, Hugging Face format, LoRA
+    data             sources, mixtures, prompts, decontamination, embedded tasks
+    rewards          math verifier, worker pool, shaping, reward model
+    evaluation       pass@k, maj@k, diversity, win rates, with intervals
+    devices          mesh, processes, memory, profiling, ahead-of-time programs
+    storage          run directory, checkpoints, record of metrics and samples
+    reports          figures, report.html, compare.html
+    planning         memory and time of a run on absent devices
 
-Shape letters, used as suffixes inside models, sampler and trainer (`hidden_BTD`):
+Arrays inside models, sampler and learner end in their shape (`hidden_BTD`). One letter
+has one meaning:
 
-    B  rows of a batch          N  rollouts (rows of a whole RL step)
-    T  tokens of a row, or response tokens of a rollout
+    B  rows of a batch          N  rollouts of a step
+    T  tokens of a row; response tokens of a rollout
     S  key positions attended to
-    P  prompt tokens            G  prompts, that is groups of rollouts
+    P  prompt tokens            G  prompts, each with a group of rollouts
     D  model width              F  MLP width              V  vocabulary
     H  query heads              K  key-value heads        R  query heads per K
     E  width of one head        L  layers
@@ -43,7 +46,7 @@ Shape letters, used as suffixes inside models, sampler and trainer (`hidden_BTD`
 The update's plan packs responses: there R counts rows, W their columns, C the columns
 that hold responses, and E the prompts, each of which some rows share.
 
-This module imports nothing, so that `import opo_jax.losses` costs what JAX costs.
+This module imports nothing, so `import opo_jax.losses` costs no more than JAX.
 """
 
 __version__ = "0.1.0"

@@ -1,12 +1,11 @@
 """The commands of `python -m opo_jax`: train, reward-model, eval, sample, report,
 compare, variance, export, plan, data.
 
-Each imports what it needs when it is called, so that `--help` and a mistyped name
-answer at once. A mistake of the person's ends with one line and exit code 2.
+Each command imports what it needs when it is called, so that `--help` and a mistyped
+name respond at once. A user's mistake ends with one line and exit code 2.
 """
 
 import argparse
-import functools
 import importlib
 import logging
 import os
@@ -18,12 +17,12 @@ from opo_jax.devices import environment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs a command; gives the exit code."""
+  """Runs a command; returns the exit code."""
   parser = argparse.ArgumentParser(prog="python -m opo_jax", description=__doc__)
   commands = parser.add_subparsers(dest="command", required=True, metavar="command")
   # `train NAME --help`, `eval RUN --help` and `variance RUN --help` show their flags.
   add = commands.add_parser(
-    "train", help="train an experiment, or go on with it", add_help=False
+    "train", help="train an experiment, or resume it", add_help=False
   )
   add.add_argument("experiment", help="a name in experiments/, without .py")
   add.add_argument("--run", type=pathlib.Path, help="directory of the run")
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   add.add_argument("--run", type=pathlib.Path, help="directory of the run")
   for name, text in (
     ("eval", "evaluate a run beside its start policy, or a model"),
-    ("sample", "print an answer of a run's policy to a prompt, as it is sampled"),
+    ("sample", "print a response of a run's policy to a prompt, as it is sampled"),
     ("report", "write report.html and figures of a run"),
     ("variance", "measure the gradient variance of every estimator on a run's policy"),
     ("export", "write a run's policy in the Hugging Face format"),
@@ -42,43 +41,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     takes_flags = name in ("eval", "sample", "variance")
     add = commands.add_parser(name, help=text, add_help=not takes_flags)
     add.add_argument("run", type=pathlib.Path, help="directory of the run")
-    if name == "eval":  # RUN may be a model in Hugging Face format or a hub id, too
+    if name == "eval":  # RUN may also be a model in Hugging Face format, or a hub id
       add.add_argument("--step", type=int, nargs="+", default=(), help="checkpoints")
       add.add_argument("--out", type=pathlib.Path, help="directory of the results")
     if name == "sample":
-      add.add_argument("prompt", help="the question, before the chat template")
+      add.add_argument("prompt", help="the user turn, before the chat template")
     if name == "export":
       add.add_argument("out", type=pathlib.Path, help="directory to write")
       add.add_argument(
         "--format",
         choices=("merged", "peft"),
         default="merged",
-        help="the whole policy, adapters merged in; or the adapters alone, for peft",
+        help="the policy with adapters merged in, or only the adapters for PEFT",
       )
   add = commands.add_parser("compare", help="paired differences of runs, and curves")
-  add.add_argument("runs", type=pathlib.Path, nargs="+", help="the first is the base")
+  add.add_argument(
+    "runs",
+    type=pathlib.Path,
+    nargs="+",
+    help="run directories; the first is the baseline",
+  )
   add.add_argument("--out", type=pathlib.Path, help="directory of the page")
   add = commands.add_parser(
-    "plan", help="does an experiment fit on TPUs that are not there?", add_help=False
+    "plan", help="does an experiment fit on absent TPUs?", add_help=False
   )
   add.add_argument("experiment", help="a name in experiments/, without .py")
   add.add_argument("topology", help="generation and shape of a slice, v5e:4x8")
   add.add_argument("--search", action="store_true", help="try meshes and micro-batches")
   add.add_argument("--out", type=pathlib.Path, help="file to write")
-  add.add_argument("--mean-length", type=int, default=0, help="of a response, tokens")
-  add.add_argument("--prompt-length", type=int, default=0, help="tokens")
+  add.add_argument(
+    "--mean-length", type=int, default=0, help="mean tokens of a response"
+  )
+  add.add_argument("--prompt-length", type=int, default=0, help="prompt tokens")
   add = commands.add_parser(
-    "data", help="report training problems that are in an evaluation set"
+    "data", help="report training problems that occur in an evaluation set"
   )
   add.add_argument("train", nargs="+", help="names of sources, as in --data.train")
   add.add_argument("--against", nargs="+", required=True, help="names of test sets")
-  # What a command does not know is a flag over the fields of its config.
+  # Arguments that a command does not know are flags over the fields of its config.
   known, flags = parser.parse_known_args(arguments)
   if flags and known.command in ("report", "compare", "export", "data"):
     parser.error(f"{known.command} takes no further flags, got {' '.join(flags)}")
-  if known.command != "plan":  # which compiles for devices that are not there
+  if known.command != "plan":  # which compiles for absent devices
     environment.prepare()
-  # Others' notices, which nobody can act on: transformers without torch, Orbax.
+  # Notices of transformers (no torch) and Orbax on which nobody can act.
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   logging.getLogger("absl").setLevel(logging.ERROR)
   try:
@@ -99,9 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _told(error: BaseException) -> int | None:
-  """Says in a line what went wrong, and gives the exit code; None: it cannot."""
+  """Prints one line about an error of ours, and returns the exit code; else None."""
   if isinstance(error, KeyboardInterrupt):
-    print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+    print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
     return 130
   ours = isinstance(error, (ValueError, FloatingPointError, RuntimeError))
   if not ours or not _raised_by_us(error):
@@ -111,7 +117,7 @@ def _told(error: BaseException) -> int | None:
 
 
 def _raised_by_us(error: Exception) -> bool:
-  """Whether the message was written for the person, by this package."""
+  """Whether this package raised the error, with a message for the user."""
   trace = error.__traceback__
   while trace.tb_next:
     trace = trace.tb_next
@@ -134,7 +140,7 @@ def train(known, flags) -> int:
 def reward_model(known, flags) -> int:
   config = _parse(_experiment(known.experiment), flags)
   directory = known.run or pathlib.Path("runs") / known.experiment
-  from opo_jax import reward_training as reward_training
+  from opo_jax import reward_training
 
   print(f"reward model: {reward_training.train(config, directory)}")
   return 0
@@ -143,10 +149,9 @@ def reward_model(known, flags) -> int:
 def evaluate(known, flags) -> int:
   if known.run.is_dir() and not _is_model(known.run):
     config = _parse(_config_of(known.run), flags)
-    from opo_jax import commands
+    from opo_jax.commands.evaluate import evaluate_run
 
-    out = known.out or known.run / "eval"
-    commands.evaluate_run(config, known.run, out, steps=known.step)
+    evaluate_run(config, known.run, known.out or known.run / "eval", steps=known.step)
     return 0
   if known.step:
     raise ValueError(f"{known.run} is no run and has no step {known.step[0]}.")
@@ -157,18 +162,18 @@ def evaluate(known, flags) -> int:
       " Hugging Face format, or a hub id (owner/name)."
     )
   config = _parse(_config_of_model(str(known.run)), flags)
-  from opo_jax import commands
+  from opo_jax.commands.evaluate import evaluate_model
 
   out = pathlib.Path("runs") / f"eval-{known.run.resolve().name}" / "eval"
-  commands.evaluate_model(config, known.out or out)
+  evaluate_model(config, known.out or out)
   return 0
 
 
 def sample(known, flags) -> int:
   config = _parse(_config_of(known.run), flags)
-  from opo_jax import commands
+  from opo_jax.commands.sample import sample_run
 
-  for piece in commands.sample_run(config, known.run, known.prompt):
+  for piece in sample_run(config, known.run, known.prompt):
     print(piece, end="", flush=True)
   print()
   return 0
@@ -194,20 +199,12 @@ def compare(known, flags) -> int:
 
 def variance(known, flags) -> int:
   config = _config_of(known.run)
-  from opo_jax import commands
   from opo_jax import variance as gradients
+  from opo_jax.commands.variance import measure_variance
   from opo_jax.reports import plots
 
   settings = _parse(gradients.Settings(), flags)
-  rows = commands.measure_variance(
-    config,
-    known.run,
-    functools.partial(gradients.measure, settings=settings),
-    steps=settings.steps,
-    prompts=settings.prompts,
-    samples=settings.samples,
-    seed=settings.seed,
-  )
+  rows = measure_variance(config, known.run, settings)
   gradients.show(rows)
   figure = plots.variance_figure(rows, known.run / "figures" / "variance.png")
   print(f"{known.run / 'variance.json'} and {figure}")
@@ -216,10 +213,10 @@ def variance(known, flags) -> int:
 
 def export(known, flags) -> int:
   config = _config_of(known.run)
-  from opo_jax import commands
+  from opo_jax.commands import export as exporting
 
   alone = known.format == "peft"
-  out = commands.export(config, known.run, known.out, adapter_alone=alone)
+  out = exporting.export(config, known.run, known.out, adapter_alone=alone)
   print(f"exported: {out}")
   return 0
 
@@ -228,18 +225,19 @@ def plan(known, flags) -> int:
   # Compiled on the CPU of this host, whatever else it has.
   os.environ["JAX_PLATFORMS"] = "cpu"
   config = _parse(_experiment(known.experiment), flags)
-  from opo_jax.planning import plan as planning
+  from opo_jax.planning import command
+  from opo_jax.planning.plan import Assumptions
 
-  settings = planning.Settings(known.mean_length, known.prompt_length)
-  return planning.run(
-    config, known.topology, settings, out=known.out, ranked=known.search
+  assumptions = Assumptions(known.mean_length, known.prompt_length)
+  return command.run(
+    config, known.topology, assumptions, out=known.out, searching=known.search
   )
 
 
 def data(known, flags) -> int:
-  from opo_jax import commands
+  from opo_jax.commands.data import compare_data
 
-  print(commands.compare_data(known.train, known.against))
+  print(compare_data(known.train, known.against))
   return 0
 
 
@@ -291,7 +289,7 @@ def _is_model(path: pathlib.Path) -> bool:
 
 
 def _config_of_model(path: str):
-  """How a model is evaluated that no run of ours has made; flags change it."""
+  """How a model is evaluated that comes from no run; flags change it."""
   from opo_jax import config
 
   return config.Config(
@@ -309,7 +307,7 @@ def _config_of_model(path: str):
 
 
 def _parse(default, flags):
-  """The config with the person's flags; unknown ones end with the near names."""
+  """The config with the user's flags; an unknown one ends with the near names."""
   import tyro
 
   return tyro.cli(type(default), default=default, args=flags, prog="make … ARGS=")

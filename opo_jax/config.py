@@ -1,198 +1,234 @@
-"""Every knob of a run on one page. Each is a flag: `--rollout.group-size 16`.
+"""All settings of a run, one page. Each is a flag: `--rollout.group-size 16`.
 
-The comment on a field says what it means, its unit, and the rooms that read it.
-Only `build`, `run`, `loop` and the commands know these classes; all other rooms take
-plain values.
+A field's comment is its `--help` text; its type carries its limits. Only the modules
+that assemble a run read these classes; all others take plain values.
 """
 
 import dataclasses
 import difflib
 import json
-import operator
+import math
 import pathlib
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
+
+
+@dataclass(frozen=True)
+class Limits:
+  """Which numbers a field takes: `low` to `high`, or above `low` if `low_is_open`."""
+
+  low: float
+  high: float = math.inf
+  low_is_open: bool = False
+
+  def allow(self, value: float) -> bool:
+    above = self.low < value if self.low_is_open else self.low <= value
+    return above and value <= self.high
+
+  def __str__(self) -> str:
+    low = f"above {self.low}" if self.low_is_open else f"at least {self.low}"
+    return low if self.high == math.inf else f"{low} and at most {self.high}"
+
+
+PositiveInt = Annotated[int, Limits(1)]
+NonNegativeInt = Annotated[int, Limits(0)]
+PositiveFloat = Annotated[float, Limits(0, low_is_open=True)]
+NonNegativeFloat = Annotated[float, Limits(0)]
+Probability = Annotated[float, Limits(0, 1)]
+PositiveProbability = Annotated[float, Limits(0, 1, low_is_open=True)]
 
 
 @dataclass(frozen=True)
 class Model:
-  """The policy. With `path` it is loaded, and the sizes below are not read."""
+  """The policy. With `path`, the checkpoint sets the architecture, not these sizes."""
 
-  # Directory or hub id in Hugging Face format, or empty: fresh weights. (run, build)
+  # Directory or hub id in Hugging Face format. Empty: randomly initialised weights of
+  # the sizes below.
   path: str = ""
-  # Of `path` take config.json alone, and fresh weights of that shape. (build)
+  # Read only config.json from `path`; initialise the weights randomly.
   fresh: bool = False
-  # Rows of the embedding, at least the tokenizer's size. (build)
-  vocab_size: int = 32
-  # Model width. (build)
-  width: int = 128
-  # Hidden width of the gated MLP. (build)
-  mlp_width: int = 384
-  # Transformer layers. (build)
-  num_layers: int = 2
-  # Query heads. (build)
-  num_heads: int = 4
-  # Key-value heads; divides num_heads. (build)
-  num_kv_heads: int = 2
-  # Width of one head. (build)
-  head_dim: int = 32
-  # Standard deviation of a fresh weight. (build)
+  # Rows of the embedding; at least the tokenizer's vocabulary size.
+  vocab_size: PositiveInt = 32
+  # Model width (hidden size).
+  width: PositiveInt = 128
+  # Hidden width of the gated MLP.
+  mlp_width: PositiveInt = 384
+  # Transformer layers.
+  num_layers: PositiveInt = 2
+  # Query heads.
+  num_heads: PositiveInt = 4
+  # Key-value heads; divides num_heads.
+  num_kv_heads: PositiveInt = 2
+  # Width of one attention head.
+  head_dim: PositiveInt = 32
+  # Standard deviation of the random initialisation.
   initializer_range: float = 0.02
-  # Activations. auto: bfloat16 on accelerators, float32 on CPUs. Log-probs are
-  # float32 in any case. (build)
+  # Data type of activations. auto: bfloat16 on accelerators, float32 on CPUs. Log-probs
+  # are float32 in any case.
   dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-  # Parameters. bfloat16 halves them, and swallows steps smaller than 1/256 of a
-  # weight. Adapters are float32 in any case. (build)
+  # Data type of parameters. bfloat16 halves their memory and rounds away updates
+  # smaller than 1/256 of a weight. LoRA adapters are float32 in any case.
   param_dtype: Literal["float32", "bfloat16"] = "float32"
-  # Columns of low-rank adapters (LoRA), which RL then trains alone; 0: none, it trains
-  # every parameter. See docs/lora.md. (build, commands)
-  lora_rank: int = 0
-  # The adapters' product is scaled by this / lora_rank. (build)
-  lora_alpha: float = 32.0
-  # Layers with an adapter: names of ours (query) or of PEFT (q_proj) with commas
-  # between them, or all-linear. (build)
+  # Rank of the LoRA adapters, which RL then trains alone. 0: RL trains all parameters.
+  # See docs/lora.md.
+  lora_rank: NonNegativeInt = 0
+  # Scale of the adapters: their product is multiplied by lora_alpha / lora_rank.
+  lora_alpha: NonNegativeFloat = 32.0
+  # Linear layers that get an adapter: our names (query) or PEFT's (q_proj), separated
+  # by commas, or all-linear.
   lora_targets: str = "all-linear"
-  # What whole sequences go through: an einsum, cuDNN's kernel on NVIDIA GPUs, splash
-  # attention on TPUs. auto: the kernel where there is one. (build)
+  # Attention kernel for whole sequences (prefill and learner): einsum, cudnn (NVIDIA
+  # GPUs) or splash (TPUs). auto: the device's kernel where it supports the model, else
+  # einsum.
   attention: Literal["auto", "einsum", "cudnn", "splash"] = "auto"
-  # What the backward pass computes again instead of keeping it: nothing; attention
-  # (its tokens x tokens arrays); a whole block; everything (some blocks at a time);
-  # or offload, which keeps each block's input in the host's memory. (build)
+  # Rematerialisation: what the backward pass recomputes instead of storing. attention:
+  # the attention scores; block: all of a transformer block but its input; everything:
+  # several blocks from the input of the first; offload: as block, with the blocks'
+  # inputs in host memory.
   remat: Literal["none", "attention", "block", "everything", "offload"] = "none"
 
 
 @dataclass(frozen=True)
 class Data:
-  """Problems and their prompts."""
+  """Training problems, tokenizer and prompt format."""
 
-  # Names of the training problems (data/sources.py), with weights where there are
-  # several: "gsm8k:1 math:2". (run)
+  # Sources of training problems (docs/data.md), with weights if there are several:
+  # "gsm8k:1 math:2".
   train: str = "arithmetic"
-  # Key of the question in jsonl:, parquet: and hf: data; empty: the usual ones. (run)
+  # Key of the question in jsonl:, parquet: and hf: sources. Empty: the common keys.
   prompt_field: str = ""
-  # Key of the answer there; empty: the usual ones. (run)
+  # Key of the reference answer in these sources. Empty: the common keys.
   answer_field: str = ""
-  # Evaluation sets whose problems, or nearly the same ones, are left out of training:
-  # "math500 aime24". (run)
+  # Benchmarks to decontaminate the training problems against: duplicates and near
+  # duplicates of their test problems are removed. "math500 aime24".
   decontaminate_against: str = ""
-  # JSON lines of problem ids with the start model's pass rates; empty: none. (run)
+  # JSON lines of problem ids and pass rates of the start policy. Empty: no filter.
   pass_rate_file: str = ""
-  # With that file: problems solved less often than this are left out. (run)
-  min_pass_rate: float = 0.0
-  # With that file: problems solved more often than this are left out. (run)
+  # Remove training problems with a pass rate below this (needs pass_rate_file).
+  min_pass_rate: NonNegativeFloat = 0.0
+  # Remove training problems with a pass rate above this (needs pass_rate_file).
   max_pass_rate: float = 1.0
-  # `arithmetic`, `preferences`, a directory, a hub id, or empty: the model's own. (run)
+  # `arithmetic`, `preferences`, a directory or a hub id. Empty: the model's own.
   tokenizer: str = "arithmetic"
-  # The system turn of every prompt; empty: none. (run)
+  # System message of every prompt. Empty: none.
   system: str = ""
-  # Put after every question, on a line of its own. (run)
+  # Instruction appended to every question, on its own line.
   instruction: str = ""
 
 
 @dataclass(frozen=True)
 class Reward:
-  """From a response to a number."""
+  """The reward of a response: verifier or reward model, and reward shaping."""
 
-  # arithmetic, math, or a function of your own: package.module:function. preferences is
-  # the true score of that task, which no labeller tells; reward_model takes no
-  # processes. (run)
+  # arithmetic, math, preferences (the true score of that task), reward_model, or a
+  # function of your own: package.module:function.
   verifier: str = "arithmetic"
-  # Of reward_model: a run directory that has one, or a directory or hub id in Hugging
-  # Face format; empty: trained on pairs first, see reward_model.*. (run)
+  # Reward model for the verifier reward_model: a run directory that holds one, or a
+  # directory or hub id in Hugging Face format. Empty: train one first
+  # (--reward-model.*).
   model: str = ""
-  # Processes that verify; 0 verifies in this one, without a time limit. (run)
-  workers: int = 0
-  # Wall-clock limit of one answer; beyond it the answer is unscorable. (run)
-  timeout_s: float = 5.0
-  # What a worker may take beyond its start, GiB of address space. (run)
-  memory_gib: float = 2.0
-  # What a response cut off at the length limit earns: 0, what its text earns, or
-  # nothing, and it leaves baseline and loss. (run)
-  truncated: Literal["incorrect", "scored", "left_out"] = "incorrect"
-  # The run stops above this share of unscorable answers in a step. (run)
-  max_unscorable_fraction: float = 0.2
-  # Added for a response of the format below. (run)
-  format_weight: float = 0.0
-  # boxed: a closed box with something in it; think: that after one </think>. (run)
+  # Verifier processes. 0: verify in-process, without a time limit.
+  workers: NonNegativeInt = 0
+  # Wall-clock limit of verifying one response, seconds. A response that exceeds it is
+  # unscorable.
+  timeout_s: PositiveFloat = 5.0
+  # Memory limit of a verifier process: address space beyond that at its start, GiB.
+  memory_gib: PositiveFloat = 2.0
+  # Reward of a response truncated at max_new_tokens. incorrect: 0; scored: score the
+  # text; masked: mask the response out of baseline and loss.
+  truncated: Literal["incorrect", "scored", "masked"] = "incorrect"
+  # Stop the run if a larger fraction of a step's responses is unscorable.
+  max_unscorable_fraction: NonNegativeFloat = 0.2
+  # Reward added to a response that follows `format`.
+  format_weight: NonNegativeFloat = 0.0
+  # boxed: a closed, non-empty \boxed{}; think: reasoning that ends with one </think>,
+  # then the box.
   format: Literal["boxed", "think"] = "boxed"
-  # Taken off a response at the length limit, and less over the tokens before. (run)
-  overlong_weight: float = 0.0
-  # Tokens before the limit over which that grows (DAPO's soft overlong). (run)
+  # Largest length penalty (DAPO's soft overlong punishment), subtracted in full at
+  # max_new_tokens.
+  overlong_weight: NonNegativeFloat = 0.0
+  # Tokens before max_new_tokens over which the length penalty grows linearly from 0.
   overlong_tokens: int = 0
-  # Taken off for repeated n-grams of tokens, times their share. (run)
-  repetition_weight: float = 0.0
-  # n of those. (run)
-  repetition_ngram: int = 20
+  # Repetition penalty: subtracts this times the fraction of repeated token n-grams.
+  repetition_weight: NonNegativeFloat = 0.0
+  # n of the repetition penalty's n-grams, tokens.
+  repetition_ngram: PositiveInt = 20
 
 
 @dataclass(frozen=True)
 class RewardModel:
-  """A reward model, trained on preference pairs; it begins as the start policy."""
+  """Training of a reward model on preference pairs, from the start policy's weights."""
 
-  # `preferences`, or jsonl:PATH with the texts prompt, chosen, rejected. (rewards)
+  # Preference pairs: `preferences`, or jsonl:PATH with the keys prompt, chosen and
+  # rejected.
   pairs: str = "preferences"
-  # Training pairs that are used, from the first on; 0 takes all. (rewards)
-  num_pairs: int = 0
-  # Optimiser steps. (build, reward_training)
-  steps: int = 200
-  # Pairs per step. (rewards)
-  batch_size: int = 64
-  # Peak, reached after a tenth of the steps; a cosine then falls to 0. (build)
-  learning_rate: float = 1e-3
-  # By how much more than the rejected answer the chosen one should score. (build)
-  margin: float = 0.0
-  # Weight of the squared sum of a pair's scores, which keeps them around 0. (build)
-  center: float = 0.01
+  # Number of training pairs, taken from the beginning. 0: all.
+  num_pairs: NonNegativeInt = 0
+  # Optimiser steps.
+  steps: PositiveInt = 200
+  # Pairs per optimiser step.
+  batch_size: PositiveInt = 64
+  # Peak learning rate: linear warm-up over the first tenth of the steps, then cosine
+  # decay to 0.
+  learning_rate: NonNegativeFloat = 1e-3
+  # Margin of the Bradley-Terry loss, subtracted from chosen minus rejected score.
+  margin: NonNegativeFloat = 0.0
+  # Weight of the penalty (chosen score + rejected score)^2, which centers scores at 0.
+  center: NonNegativeFloat = 0.01
 
 
 @dataclass(frozen=True)
-class Sft:
-  """Supervised learning on demonstrations, before RL."""
+class SFT:
+  """Supervised fine-tuning on demonstrations, before RL."""
 
-  # Optimiser steps; 0 leaves the phase out. (run, build)
-  steps: int = 0
-  # Demonstrations per step. (run, build)
-  batch_size: int = 128
-  # Peak, reached after a tenth of the steps; a cosine then falls to 0. (build)
-  learning_rate: float = 2e-3
+  # Optimiser steps. 0: no SFT.
+  steps: NonNegativeInt = 0
+  # Demonstrations per optimiser step.
+  batch_size: PositiveInt = 128
+  # Peak learning rate: linear warm-up over the first tenth of the steps, then cosine
+  # decay to 0.
+  learning_rate: NonNegativeFloat = 2e-3
 
 
 @dataclass(frozen=True)
 class Rollout:
-  """Sampling for training."""
+  """Sampling of the rollouts that RL trains on."""
 
-  # Prompts, that is groups, in a step. (loop, build)
-  prompts_per_step: int = 32
-  # Responses to each prompt. (run, build)
-  group_size: int = 8
-  # Longest prompt, tokens; a problem with a longer one is left out. (run)
-  max_prompt_tokens: int = 512
-  # Longest response, tokens, the end token included. (run, build)
-  max_new_tokens: int = 24
-  # Of sampler and learner alike; above 0. (build)
+  # Prompts per step; each is one group of responses.
+  prompts_per_step: PositiveInt = 32
+  # Responses per prompt.
+  group_size: PositiveInt = 8
+  # Maximum prompt length, tokens. Problems with longer prompts are removed.
+  max_prompt_tokens: PositiveInt = 512
+  # Maximum response length, tokens, including the end token.
+  max_new_tokens: PositiveInt = 24
+  # Sampling temperature, above 0; the learner's log-probs use it too.
   temperature: float = 1.0
-  # Keep the k most probable tokens; 0 keeps all, as on-policy training must. (build)
-  top_k: int = 0
-  # Keep the most probable tokens of this mass; 1 as on-policy training must. (build)
-  top_p: float = 1.0
-  # Keep tokens this times as probable as the first; 0, likewise. (build)
-  min_p: float = 0.0
-  # Responses decoded at a time; 0: as many as the memory holds. (build)
-  slots: int = 0
-  # Of stored keys and values; empty: as the activations. Narrower is not quite
-  # on-policy, and onpolicy/logprob_diff_* say by how much. (build)
+  # Top-k sampling: keep the k most probable tokens. 0: all; on-policy training needs 0.
+  top_k: NonNegativeInt = 0
+  # Nucleus (top-p) sampling: keep the most probable tokens up to this cumulative
+  # probability. On-policy training needs 1.
+  top_p: PositiveProbability = 1.0
+  # Min-p sampling: keep tokens whose probability is at least min_p times the largest.
+  # On-policy training needs 0.
+  min_p: Probability = 0.0
+  # Decoding slots: responses that are decoded at the same time. 0: as many as fit into
+  # memory.
+  slots: NonNegativeInt = 0
+  # Data type of the KV cache. Empty: that of the activations. A narrower type is not
+  # exactly on-policy; onpolicy/logprob_diff_* measure the difference.
   cache_dtype: Literal["", "float32", "bfloat16"] = ""
-  # While sampling, keep whole weights on every fsdp shard instead of gathering them for
-  # every token; takes the policy's size over mesh.tensor. (build)
+  # While sampling, hold the full weights on every fsdp shard instead of gathering them
+  # for every token. Memory per device: the policy's size / mesh.tensor.
   gather_weights: bool = True
 
 
 @dataclass(frozen=True)
 class Algorithm:
-  """From rewards to a gradient."""
+  """Advantage estimator, policy-gradient objective and gradient accumulation."""
 
-  # Name of the advantage estimator. (build)
+  # Advantage estimator.
   advantage: Literal[
     "opo",
     "opo_loo",
@@ -204,124 +240,126 @@ class Algorithm:
     "reinforce_pp",
     "maxrl",
   ] = "opo"
-  # Name of the objective; tis is policy_gradient with truncated importance
-  # sampling. (build)
+  # Objective. tis: policy_gradient with truncated importance sampling.
   loss: Literal["policy_gradient", "tis", "ppo_clip", "gspo", "cispo"] = (
     "policy_gradient"
   )
-  # How token losses become one number; constant divides by the step's rows x
-  # max_new_tokens (Dr. GRPO), gspo's paper has sequence_mean_token_mean. (build)
+  # Aggregation of the token losses. constant: divide by the step's rollouts x
+  # max_new_tokens (Dr. GRPO). The GSPO paper uses sequence_mean_token_mean.
   aggregation: Literal[
     "token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "constant"
   ] = "token_mean"
-  # Optimiser steps per rollout batch; 1 is exact on-policy. (build)
-  updates_per_batch: int = 1
-  # Tokens of a part in which one optimiser step's gradient is accumulated, over all
-  # devices, prompts and padding included; 0: all at once. Memory grows with it, and
-  # below a few thousand a device the matrix units starve. (build)
-  micro_batch_tokens: int = 16_384
-  # ppo_clip, gspo, cispo: how far the ratio may fall below 1; 0: as far as the loss
-  # has it by default (0.2, 3e-4, 1). (build)
-  clip_low: float = 0.0
-  # ppo_clip, gspo, cispo: how far the ratio may rise above 1; 0: as far as the loss
-  # has it by default (0.2, 4e-4, 4). DAPO: ppo_clip and 0.28. (build)
-  clip_high: float = 0.0
-  # tis: the largest weight of a token; 0: as large as the loss has it, 2. (build)
-  tis_cap: float = 0.0
+  # Optimiser steps per rollout batch. 1: exactly on-policy.
+  updates_per_batch: PositiveInt = 1
+  # Gradient accumulation: tokens per micro-batch, over all devices, prompts and padding
+  # included. 0: no accumulation. Memory grows with it; below a few thousand tokens per
+  # device the matrix units are underused.
+  micro_batch_tokens: NonNegativeInt = 16_384
+  # ppo_clip, gspo, cispo: lower clip range, 1 - clip_low. 0: the loss's default (0.2,
+  # 3e-4, 1).
+  clip_low: NonNegativeFloat = 0.0
+  # ppo_clip, gspo, cispo: upper clip range, 1 + clip_high. 0: the loss's default (0.2,
+  # 4e-4, 4). DAPO: ppo_clip with 0.28.
+  clip_high: NonNegativeFloat = 0.0
+  # tis: upper bound of a token's importance weight. 0: the loss's default, 2.
+  tis_cap: NonNegativeFloat = 0.0
 
 
 @dataclass(frozen=True)
 class Optimizer:
-  """AdamW; the warm start has its own learning rate and shares the rest."""
+  """AdamW. SFT and the reward model have their own learning rate and share the rest."""
 
-  # Peak learning rate. (build)
-  learning_rate: float = 1e-6
-  # Optimiser steps of linear warm-up. (build)
-  warmup_steps: int = 0
-  # What follows the warm-up. (build)
+  # Peak learning rate.
+  learning_rate: NonNegativeFloat = 1e-6
+  # Optimiser steps of linear warm-up.
+  warmup_steps: NonNegativeInt = 0
+  # Learning-rate schedule after the warm-up.
   schedule: Literal["constant", "cosine", "linear"] = "constant"
-  # Decay of the first moment. (build)
+  # Decay rate of the first moment.
   b1: float = 0.9
-  # Decay of the second moment. (build)
+  # Decay rate of the second moment.
   b2: float = 0.99
-  # First moment. The second stays float32: in bfloat16 a b2 near 1 stalls it. (build)
+  # Data type of the first moment. The second moment is always float32: in bfloat16, a
+  # b2 close to 1 would no longer change it.
   moment_dtype: Literal["float32", "bfloat16"] = "float32"
-  # Added to the root of the second moment. (build)
+  # Added to the square root of the second moment.
   epsilon: float = 1e-8
-  # Decoupled weight decay. (build)
-  weight_decay: float = 0.0
-  # Gradients are scaled down to this global norm. (build)
-  max_grad_norm: float = 1.0
-  # Keep the moments in the hosts' memory, and on the devices only while they are
-  # updated. (run, build)
+  # Decoupled weight decay.
+  weight_decay: NonNegativeFloat = 0.0
+  # Gradient clipping: maximum global norm.
+  max_grad_norm: NonNegativeFloat = 1.0
+  # Store the moments in host memory; they are on the devices only during the update.
   offload: bool = False
 
 
 @dataclass(frozen=True)
 class Mesh:
-  """Devices; one size may be -1 and takes what is left."""
+  """Device mesh. One size may be -1: the devices that the others leave."""
 
-  # Copies of the model; each takes its share of the batch. (build)
+  # Data parallelism: replicas of the model, each with its share of the batch.
   data: int = 1
-  # Shards of parameters, optimiser state and batch. (build)
+  # Fully sharded data parallelism: shards of parameters, optimiser state and batch.
   fsdp: int = -1
-  # Shards of heads, MLP and vocabulary. (build)
+  # Tensor parallelism: shards of heads, MLP and vocabulary.
   tensor: int = 1
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-  """What a run keeps to go on from."""
+  """Checkpoints, from which a run resumes."""
 
-  # Steps between checkpoints; the last step always has one. (loop)
-  every: int = 20
-  # The newest that are kept. (loop)
-  keep: int = 2
+  # Steps between checkpoints; the last step is always saved.
+  every: PositiveInt = 20
+  # Number of checkpoints to keep, the newest ones.
+  keep: PositiveInt = 2
 
 
 @dataclass(frozen=True)
 class Eval:
-  """Held-out evaluation while training."""
+  """Held-out evaluation, during training and by `make eval`."""
 
-  # Steps between evaluations; 0 evaluates at the start and at the end alone. (loop)
-  every: int = 20
-  # Names of the evaluation problems, see data/sources.py. (run)
+  # Steps between evaluations. 0: only before the first and after the last step.
+  every: NonNegativeInt = 20
+  # Names of the benchmarks (docs/data.md).
   benchmarks: tuple[str, ...] = ("arithmetic",)
-  # Whose problems: of `train`, too, the pass rates of a policy can be had. (run)
+  # Split of the benchmarks. train measures pass rates of the training problems, for
+  # data.pass_rate_file.
   split: Literal["test", "train"] = "test"
-  # Problems of each, from the first on; 0 takes all. (run)
-  problems: int = 128
-  # Responses per problem; pass@k is reported for k = 1, 2, 4 … 64 up to this. (run)
-  samples: int = 8
-  # Problems that `eval` samples between two writes; a kill loses so many. (commands)
-  chunk: int = 64
-  # Sampling temperature; 0 is greedy. (build)
-  temperature: float = 1.0
-  # Keep the k most probable tokens; 0 keeps all. (build)
-  top_k: int = 0
-  # Keep the most probable tokens of this mass. (build)
-  top_p: float = 1.0
-  # Keep tokens this times as probable as the first. (build)
-  min_p: float = 0.0
+  # Problems per benchmark, taken from the beginning. 0: all.
+  problems: NonNegativeInt = 128
+  # Responses per problem; pass@k is reported for k = 1, 2, 4 … 64 up to this number.
+  samples: PositiveInt = 8
+  # Problems between two writes of `make eval`; an interruption loses at most these.
+  chunk: PositiveInt = 64
+  # Sampling temperature. 0: greedy decoding.
+  temperature: NonNegativeFloat = 1.0
+  # Top-k sampling: keep the k most probable tokens. 0: all.
+  top_k: NonNegativeInt = 0
+  # Nucleus (top-p) sampling: keep the most probable tokens up to this cumulative
+  # probability.
+  top_p: PositiveProbability = 1.0
+  # Min-p sampling: keep tokens whose probability is at least min_p times the largest.
+  min_p: Probability = 0.0
 
 
 @dataclass(frozen=True)
 class Record:
-  """What is measured and written beside the training itself."""
+  """Additional measurements and logging."""
 
-  # Responses a step on which KL to the start is measured; 0: not measured. (run)
-  kl_rollouts: int = 128
-  # Responses a step written to samples.jsonl. (loop)
-  samples: int = 4
-  # Steps between lines on the terminal. (loop)
-  print_every: int = 10
+  # Rollouts per step on which the KL divergence to the start policy is measured. 0: not
+  # measured.
+  kl_rollouts: NonNegativeInt = 128
+  # Rollouts per step that are written to samples.jsonl.
+  samples: NonNegativeInt = 4
+  # Steps between lines on the terminal.
+  print_every: PositiveInt = 10
 
 
 @dataclass(frozen=True)
 class Profile:
-  """A trace for XProf and TensorBoard."""
+  """Profiler trace for XProf and TensorBoard."""
 
-  # First and last step that are traced, such as 5:8; empty: none. (loop)
+  # First and last step to trace, both included: 5:8. Empty: no trace.
   steps: str = ""
 
   @property
@@ -335,18 +373,18 @@ class Profile:
 
 @dataclass(frozen=True)
 class Distributed:
-  """Where the processes of a run find each other. TPU pods, GKE and SLURM are
-  recognised; elsewhere give all three. No part of what a run is: not in config.json."""
+  """Addresses of a multi-process run. TPU pods, GKE and SLURM are detected; elsewhere
+  give all three flags. config.json leaves them out."""
 
-  # host:port of process 0. (loop)
+  # Address of process 0, host:port.
   coordinator: str = ""
-  # How many processes there are. (loop)
+  # Number of processes.
   num_processes: int = 0
-  # Which of them this is, from 0. (loop)
+  # Index of this process, from 0.
   process_id: int = -1
 
 
-# What changes time and memory alone: a run may go on with other values of these.
+# Flags that change only time and memory: a resumed run may change them.
 FREE_TO_CHANGE = {
   "--model.remat", "--reward.workers", "--rollout.slots", "--rollout.gather-weights",
   "--algorithm.micro-batch-tokens", "--optimizer.offload", "--record.print-every",
@@ -356,162 +394,146 @@ FREE_TO_CHANGE = {
 
 @dataclass(frozen=True)
 class Config:
-  """A run."""
+  """A training run.
 
-  # Name of the experiment, in config.json and the report. (plots)
+  Raises:
+    ValueError: a value outside its limits, or values that contradict each other. All
+      that can be checked without a device is checked on construction.
+  """
+
+  # Name of the experiment, shown in the report and in the model card.
   experiment: str = ""
-  # Of weights, data order and sampling. (loop, run, build)
-  seed: int = 0
-  # RL steps. (loop, build)
-  steps: int = 100
-  # The policy.
+  # Random seed of weights, data order and sampling.
+  seed: NonNegativeInt = 0
+  # RL steps.
+  steps: PositiveInt = 100
+
   model: Model = field(default_factory=Model)
-  # Problems and their prompts.
   data: Data = field(default_factory=Data)
-  # From a response to a number.
   reward: Reward = field(default_factory=Reward)
-  # A reward model, where the reward is one that is trained here.
   reward_model: RewardModel = field(default_factory=RewardModel)
-  # Supervised learning before RL.
-  sft: Sft = field(default_factory=Sft)
-  # Sampling for training.
+  sft: SFT = field(default_factory=SFT)
   rollout: Rollout = field(default_factory=Rollout)
-  # From rewards to a gradient.
   algorithm: Algorithm = field(default_factory=Algorithm)
-  # AdamW.
   optimizer: Optimizer = field(default_factory=Optimizer)
-  # Devices.
   mesh: Mesh = field(default_factory=Mesh)
-  # Several processes.
   distributed: Distributed = field(default_factory=Distributed)
-  # What a run keeps to go on from.
   checkpoint: Checkpoint = field(default_factory=Checkpoint)
-  # Held-out evaluation.
   eval: Eval = field(default_factory=Eval)
-  # What is measured and written.
   record: Record = field(default_factory=Record)
-  # A trace for XProf and TensorBoard.
   profile: Profile = field(default_factory=Profile)
 
   def __post_init__(self):
-    """Checks what can be checked before any device is touched."""
-    at_least = {
-      1: "steps model.vocab_size model.width model.mlp_width model.num_layers"
-      " model.num_heads model.num_kv_heads model.head_dim sft.batch_size"
-      " reward_model.steps reward_model.batch_size"
-      " rollout.prompts_per_step rollout.group_size rollout.max_prompt_tokens"
-      " rollout.max_new_tokens algorithm.updates_per_batch"
-      " checkpoint.every checkpoint.keep eval.samples eval.chunk record.print_every"
-      " reward.repetition_ngram",
-      0: "seed reward.workers reward.timeout_s reward.max_unscorable_fraction"
-      " reward.memory_gib reward.format_weight reward.overlong_weight"
-      " reward.repetition_weight data.min_pass_rate"
-      " reward_model.num_pairs reward_model.learning_rate reward_model.margin"
-      " reward_model.center sft.steps sft.learning_rate rollout.slots"
-      " algorithm.micro_batch_tokens algorithm.clip_low"
-      " algorithm.clip_high algorithm.tis_cap optimizer.learning_rate"
-      " optimizer.warmup_steps optimizer.weight_decay optimizer.max_grad_norm"
-      " eval.every eval.problems eval.temperature record.kl_rollouts record.samples"
-      " rollout.top_k rollout.min_p eval.top_k eval.min_p model.lora_rank"
-      " model.lora_alpha",
-    }
-    for least, names in at_least.items():
-      for name in names.split():
-        value = operator.attrgetter(name)(self)
-        if value < least:
-          flag = name.replace("_", "-")
-          raise ValueError(f"--{flag} is {value}; it must be at least {least}.")
-    if self.rollout.temperature <= 0:
-      raise ValueError(
-        f"--rollout.temperature is {self.rollout.temperature}; sampling for training"
-        " needs one above 0 (1.0 samples the policy itself)."
-      )
-    for name, part in (("rollout", self.rollout), ("eval", self.eval)):
-      if not 0 < part.top_p <= 1:
-        raise ValueError(
-          f"--{name}.top-p is {part.top_p}; it must be above 0 and at most 1."
-        )
-      if part.min_p > 1:
-        raise ValueError(f"--{name}.min-p is {part.min_p}; it must be at most 1.")
-    benchmarks = self.eval.benchmarks
-    if not benchmarks or len(set(benchmarks)) < len(benchmarks):
-      raise ValueError(
-        f"--eval.benchmarks is {' '.join(benchmarks) or 'empty'}; name one or more,"
-        " each once."
-      )
-    rollout = self.rollout
-    filtered = rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
-    if filtered and self.algorithm.updates_per_batch == 1:
-      raise ValueError(
-        "--rollout.top-k, --rollout.top-p and --rollout.min-p leave tokens out that the"
-        " learner counts, so this is not on-policy training. Leave them at 0, 1 and 0,"
-        " or train off-policy with the ratio to what was sampled from"
-        " (--algorithm.updates-per-batch 2 --algorithm.loss ppo_clip)."
-      )
-    reward = self.reward
-    ours = ("arithmetic", "preferences", "reward_model")  # they take no time
-    if reward.verifier not in ours and not reward.workers:
-      raise ValueError(
-        f"--reward.workers 0 would verify by {reward.verifier} without a time limit,"
-        " and some answers take for ever; use --reward.workers 2."
-      )
-    for name, value in (
-      ("timeout-s", reward.timeout_s),
-      ("memory-gib", reward.memory_gib),
-    ):
-      if value <= 0:
-        raise ValueError(f"--reward.{name} is {value}; it must be above 0.")
-    limit = rollout.max_new_tokens
-    if reward.overlong_weight and not 0 < reward.overlong_tokens <= limit:
-      raise ValueError(
-        f"--reward.overlong-tokens is {reward.overlong_tokens}; the penalty needs 1 to"
-        f" {limit} tokens to grow over (--reward.overlong-tokens {max(1, limit // 5)})."
-      )
-    data = self.data
-    narrowed = (data.min_pass_rate, data.max_pass_rate) != (0.0, 1.0)
-    if narrowed and not data.pass_rate_file:
-      raise ValueError(
-        "--data.min-pass-rate and --data.max-pass-rate need the rates of the start"
-        " model: --data.pass-rate-file."
-      )
-    if data.min_pass_rate > data.max_pass_rate:
-      raise ValueError(
-        f"--data.min-pass-rate {data.min_pass_rate} is above --data.max-pass-rate"
-        f" {data.max_pass_rate}."
-      )
-    if reward.verifier == "reward_model" and reward.truncated == "incorrect":
-      raise ValueError(
-        "--reward.truncated incorrect gives 0, which is no low score of a reward model;"
-        " use --reward.truncated scored, and it judges what is there."
-      )
-    updates = self.algorithm.updates_per_batch
-    if updates > 1 and self.algorithm.loss == "policy_gradient":
-      raise ValueError(
-        f"--algorithm.updates-per-batch {updates} leaves the policy that sampled, and"
-        " policy_gradient does not correct for it; use --algorithm.loss ppo_clip, or 1"
-        " update for exact on-policy training (gspo, cispo and tis correct too)."
-      )
-    span = re.fullmatch(r"(\d+):(\d+)", self.profile.steps)
-    if self.profile.steps and not (
-      span and 1 <= int(span[1]) <= int(span[2]) <= self.steps
-    ):
-      raise ValueError(
-        f"--profile.steps is {self.profile.steps!r}; give the first and the last step,"
-        f" such as 5:8, from 1 to {self.steps} (--steps)."
-      )
-    prompts = self.rollout.prompts_per_step
-    if prompts % updates:
-      raise ValueError(
-        f"{prompts} prompts do not split into {updates} updates of whole groups; use a"
-        f" multiple of {updates} (--rollout.prompts-per-step"
-        f" {-(-prompts // updates) * updates})."
-      )
+    for flag, value, limits in _limited_fields(self):
+      if not limits.allow(value):
+        raise ValueError(f"{flag} is {value}; it must be {limits}.")
+    _check_data(self.data)
+    _check_reward(self.reward, self.rollout.max_new_tokens)
+    _check_rollout(self.rollout, self.algorithm.updates_per_batch)
+    _check_algorithm(self.algorithm, self.rollout.prompts_per_step)
+    _check_eval(self.eval)
+    _check_profile(self.profile, self.steps)
+
+
+def _limited_fields(section: Any, prefix: str = ""):
+  """(flag, value, limits) of every field with limits, in this section and below."""
+  for name, hint in get_type_hints(type(section), include_extras=True).items():
+    value = getattr(section, name)
+    if dataclasses.is_dataclass(value):
+      yield from _limited_fields(value, f"{prefix}{name}.")
+    for limits in getattr(hint, "__metadata__", ()):
+      yield f"--{prefix}{name}".replace("_", "-"), value, limits
+
+
+def _check_data(data: Data) -> None:
+  has_bounds = (data.min_pass_rate, data.max_pass_rate) != (0.0, 1.0)
+  if has_bounds and not data.pass_rate_file:
+    raise ValueError(
+      "--data.min-pass-rate and --data.max-pass-rate need the pass rates of the start"
+      " policy: --data.pass-rate-file."
+    )
+  if data.min_pass_rate > data.max_pass_rate:
+    raise ValueError(
+      f"--data.min-pass-rate {data.min_pass_rate} is above --data.max-pass-rate"
+      f" {data.max_pass_rate}."
+    )
+
+
+def _check_reward(reward: Reward, max_new_tokens: int) -> None:
+  # These always return at once, and need no time limit.
+  in_process = ("arithmetic", "preferences", "reward_model")
+  if reward.verifier not in in_process and not reward.workers:
+    raise ValueError(
+      f"--reward.workers 0 verifies in-process, without a time limit, and"
+      f" {reward.verifier} may not return on some responses; use --reward.workers 2."
+    )
+  if reward.overlong_weight and not 0 < reward.overlong_tokens <= max_new_tokens:
+    raise ValueError(
+      f"--reward.overlong-tokens is {reward.overlong_tokens}; the length penalty must"
+      f" grow over 1 to {max_new_tokens} tokens (--reward.overlong-tokens"
+      f" {max(1, max_new_tokens // 5)})."
+    )
+  if reward.verifier == "reward_model" and reward.truncated == "incorrect":
+    raise ValueError(
+      "--reward.truncated incorrect gives a truncated response the reward 0, which is"
+      " no low score of a reward model; use --reward.truncated scored or masked."
+    )
+
+
+def _check_rollout(rollout: Rollout, updates_per_batch: int) -> None:
+  if not rollout.temperature > 0:
+    raise ValueError(
+      f"--rollout.temperature is {rollout.temperature}; sampling for training needs one"
+      " above 0 (1.0 samples from the policy itself)."
+    )
+  is_filtered = rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
+  if is_filtered and updates_per_batch == 1:
+    raise ValueError(
+      "--rollout.top-k, --rollout.top-p and --rollout.min-p remove tokens to which the"
+      " learner assigns probability, so training is not on-policy. Leave them at 0, 1"
+      " and 0, or train off-policy with the ratio to the sampling distribution"
+      " (--algorithm.updates-per-batch 2 --algorithm.loss ppo_clip)."
+    )
+
+
+def _check_algorithm(algorithm: Algorithm, prompts_per_step: int) -> None:
+  updates = algorithm.updates_per_batch
+  if updates > 1 and algorithm.loss == "policy_gradient":
+    raise ValueError(
+      f"--algorithm.updates-per-batch {updates} is off-policy after the first update,"
+      " and policy_gradient does not correct for it; use --algorithm.loss ppo_clip, or"
+      " 1 update for exactly on-policy training (gspo, cispo and tis correct too)."
+    )
+  if prompts_per_step % updates:
+    raise ValueError(
+      f"{prompts_per_step} prompts do not split into {updates} updates of whole groups;"
+      f" use a multiple of {updates} (--rollout.prompts-per-step"
+      f" {math.ceil(prompts_per_step / updates) * updates})."
+    )
+
+
+def _check_eval(evaluation: Eval) -> None:
+  names = evaluation.benchmarks
+  if not names or len(set(names)) < len(names):
+    raise ValueError(
+      f"--eval.benchmarks is {' '.join(names) or 'empty'}; name at least one benchmark,"
+      " each only once."
+    )
+
+
+def _check_profile(profile: Profile, num_steps: int) -> None:
+  span = re.fullmatch(r"(\d+):(\d+)", profile.steps)
+  if profile.steps and not (span and 1 <= int(span[1]) <= int(span[2]) <= num_steps):
+    raise ValueError(
+      f"--profile.steps is {profile.steps!r}; give the first and the last step, such as"
+      f" 5:8, from 1 to {num_steps} (--steps)."
+    )
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-  """Nested plain values, as in `config.json`: a tuple is a list there."""
+  """The content of `config.json`: nested plain values, tuples as lists."""
   values = json.loads(json.dumps(dataclasses.asdict(config)))
-  del values["distributed"]
+  del values["distributed"]  # no property of the run
   return values
 
 
@@ -519,7 +541,7 @@ def from_dict(values: dict[str, Any]) -> Config:
   """The inverse of `to_dict`.
 
   Raises:
-    ValueError: an unknown or missing key, or a value of another type.
+    ValueError: an unknown or missing key, or a value of the wrong type.
   """
 
   def build(cls, values, where):
@@ -546,7 +568,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     }
     try:
       return cls(**kwargs)
-    except TypeError as error:  # A check met a value of another type.
+    except TypeError as error:  # A check compared a value of the wrong type.
       raise ValueError(
         f"config.json: a value of {where.rstrip('.') or 'Config'} is of another type"
         f" ({error}); restore the file of the run."
@@ -557,7 +579,7 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The object in a file that a run has written, its config.json above all.
+  """The JSON object in a file of a run, such as config.json.
 
   Raises:
     ValueError: the file holds something else.
@@ -572,7 +594,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix="") -> list[str]:
-  """Lines `--flag: old -> new` for every value that differs."""
+  """One line `--flag: old -> new` for every value that differs."""
   lines = []
   for key in sorted(old.keys() | new.keys()):
     before, after = old.get(key), new.get(key)
@@ -585,7 +607,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix="") -> list[str
 
 
 def conflicts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """The `differences` with which a run cannot go on."""
+  """The `differences` that a resumed run must not have."""
   return [
     line
     for line in differences(old, new)
@@ -594,7 +616,7 @@ def conflicts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def near_names(name: str, names) -> str:
-  """The names a person may have meant, for an error message."""
+  """Suggests the most similar of `names`, for an error message."""
   names = sorted(names)
   near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
   return f"did you mean {' or '.join(near)}?" if near else f"there are {names}."

@@ -2,10 +2,10 @@
 
     preference pairs -> scores -> Bradley-Terry -> record
 
-It begins as the start policy, which knows the language already, with a fresh score. It
-lives in the run's directory, under `reward_model/`: metrics.jsonl, TensorBoard,
-checkpoints, and at the end `model/` in the Hugging Face format. The same command goes
-on where the last checkpoint was, as `loop` does.
+The reward model begins as the start policy, which knows the language already, with a
+fresh score head. It lives in the run's directory under `reward_model/`: metrics.jsonl,
+TensorBoard, checkpoints, and at the end `model/` in the Hugging Face format. The same
+command resumes from the last checkpoint, as `loop` does.
 """
 
 import contextlib
@@ -13,28 +13,31 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from opo_jax import models
-from opo_jax import sft as sft
+from opo_jax import build, learner, models, sft
 from opo_jax.config import Config
 from opo_jax.data import preferences, sources
 from opo_jax.data.preferences import Pair
 from opo_jax.devices import sharding
 from opo_jax.evaluation import bootstrap_interval
+from opo_jax.learner import optimizer
+from opo_jax.metrics import Timers, check_finite
 from opo_jax.rewards import reward_model
 from opo_jax.rollouts import Rollouts
-from opo_jax.run import Run, check_directory
-from opo_jax.storage.checkpoint import Checkpoints
-from opo_jax.storage.metrics import JsonLines, TensorBoard, Timers, check_finite
+from opo_jax.run import Run
+from opo_jax.scorer import REWARD_MODEL, RewardModelScorer
+from opo_jax.storage.json_files import JsonLines
+from opo_jax.storage.record import TensorBoard
 
 
 def train(config: Config, directory: pathlib.Path) -> pathlib.Path:
   """Trains an experiment's reward model and nothing else.
 
   Args:
-    config: the run. Its start policy is made first, warm start included.
-    directory: of the run; `loop.train` with the same config goes on in it.
+    config: of the run. Its start policy is made first, SFT included.
+    directory: of the run; `loop.train` with the same config continues in it.
 
   Returns:
     The directory of the model in Hugging Face format.
@@ -48,32 +51,39 @@ def train(config: Config, directory: pathlib.Path) -> pathlib.Path:
       f"--reward.model {config.reward.model} names a reward model already; leave it"
       " empty to train one."
     )
-  check_directory(config, directory)
-  with Run(config, directory) as run:
+  sft.check(config)
+  run = Run(config, directory)
+  run.directory.check()
+  with run.make_scorer():  # refuses what the run itself would refuse
     pairs = load_pairs(run)
-    run.problems.check()
-    run.write_head()
-    return fit(run, run.start_policy(), pairs)
+  run.problems.check()
+  run.write_head()
+  return fit(run, sft.start_policy(run), pairs)
 
 
-def check(run: Run) -> None:
-  """Finds what is wrong with the reward model's settings before a run begins.
+def check(run: Run, scorer: Any) -> None:
+  """Refuses settings of the reward model that cannot work, before a run begins.
 
   Raises:
     ValueError: no such model or pairs, or sizes that do not fit.
   """
-  if run.config.reward.verifier == "reward_model":
-    run.reward_model if run.config.reward.model else load_pairs(run)
+  if not isinstance(scorer, RewardModelScorer):
+    return
+  if run.config.reward.model:
+    _ = scorer.model  # loads it
+  else:
+    load_pairs(run)
 
 
 def prepare(run: Run, start_policy: Any) -> None:
-  """Trains the reward model if the run's reward is one that is not there yet."""
-  if run.config.reward.verifier == "reward_model" and not run.config.reward.model:
+  """Trains the reward model that the run scores with, unless one is named."""
+  reward = run.config.reward
+  if reward.verifier == REWARD_MODEL and not reward.model:
     fit(run, start_policy, load_pairs(run))
 
 
 def load_pairs(run: Run) -> dict[str, Sequence[Pair]]:
-  """The pairs of `train` and `test`, whose prompts and number fit the run."""
+  """The pairs of `train` and `test`; checks that prompts and batches fit the run."""
   settings = run.config.reward_model
   pairs = {
     split: preferences.load_pairs(settings.pairs, split) for split in ("train", "test")
@@ -82,7 +92,7 @@ def load_pairs(run: Run) -> dict[str, Sequence[Pair]]:
     pairs["train"] = pairs["train"][: settings.num_pairs]
   for each in pairs.values():
     run.encode([pair.chosen.problem for pair in each])
-  shards = sharding.batch_shards(run.parts.mesh)
+  shards = sharding.batch_shards(run.mesh)
   if 2 * settings.batch_size % shards:
     raise ValueError(
       f"{settings.batch_size} pairs do not fill {shards} devices; use a multiple of"
@@ -92,20 +102,33 @@ def load_pairs(run: Run) -> dict[str, Sequence[Pair]]:
   return pairs
 
 
-def fit(run: Run, start_policy: Any, pairs: dict[str, Sequence[Pair]]) -> pathlib.Path:
-  """Trains the reward model of a run, or goes on with it; gives its directory."""
+def start_state(
+  run: Run, start_policy: Any
+) -> tuple[reward_model.PairUpdate, learner.TrainState]:
+  """The update of a reward model, and the state before the first one."""
   config, settings = run.config, run.config.reward_model
-  directory = run.directory / reward_model.FOLDER
+  schedule = optimizer.sft_schedule(settings.learning_rate, settings.steps)
+  adamw = build.adamw(config, schedule)
+  key = jax.random.fold_in(jax.random.key(config.seed), 2)
+  model = jax.jit(lambda policy: reward_model.from_policy(policy, key))(start_policy)
+  update = reward_model.PairUpdate(
+    adamw, margin=settings.margin, center=settings.center, remat=config.model.remat
+  )
+  return update, learner.init_state(model, adamw, offload=config.optimizer.offload)
+
+
+def fit(run: Run, start_policy: Any, pairs: dict[str, Sequence[Pair]]) -> pathlib.Path:
+  """Trains the reward model of a run, or resumes; returns its directory."""
+  config, settings = run.config, run.config.reward_model
+  directory = run.directory.path / reward_model.FOLDER
   model = directory / "model"
   if model.exists():
     return model
   stream = sources.ProblemStream(pairs["train"], seed=run.seed("pairs"))
-  state = run.parts.start_reward(start_policy)
+  update, state = start_state(run, start_policy)
   with contextlib.ExitStack() as stack:
-    checkpoints = stack.enter_context(
-      Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep)
-    )
-    done, state = run.resume(checkpoints, state, stream)
+    checkpoints = stack.enter_context(run.directory.checkpoints(reward_model.FOLDER))
+    done, state = checkpoints.resume(state, stream)
     if done:
       run.terminal.say(f"Reward model resumed after step {done} of {settings.steps}.")
     resume_at = done or None
@@ -121,7 +144,7 @@ def fit(run: Run, start_policy: Any, pairs: dict[str, Sequence[Pair]]) -> pathli
     for step in range(done + 1, settings.steps + 1):
       timers = Timers()
       batch = as_rollouts(run, stream.take(settings.batch_size))
-      state, metrics = run.parts.update_reward(state, batch)
+      state, metrics = update(state, batch)
       row = {"step": step} | {name: float(value) for name, value in metrics.items()}
       row["truncated_fraction"] = float(1.0 - np.mean(batch.finished))
       row |= timers.metrics()
@@ -132,12 +155,12 @@ def fit(run: Run, start_policy: Any, pairs: dict[str, Sequence[Pair]]) -> pathli
       log.write(row)
       board.write(row)
       if last or step % config.checkpoint.every == 0:
-        log.keep()
-        run.save(checkpoints, step, state, stream.state())
+        log.sync()
+        checkpoints.save_state(step, state, stream.state())
       advance()
       if last or step % config.record.print_every == 0:
         run.terminal.say(_line(row))
-  # Whole or not at all: a kill leaves no half of a model.
+  # Renamed when it is complete: a kill leaves no half of a model.
   unfinished = model.with_suffix(".new")
   models.save(state.policy, unfinished, tokenizer=run.tokenizer)
   unfinished.replace(model)
@@ -146,7 +169,9 @@ def fit(run: Run, start_policy: Any, pairs: dict[str, Sequence[Pair]]) -> pathli
 
 def as_rollouts(run: Run, pairs: Sequence[Pair]) -> Rollouts:
   """Rows as `PairUpdate` takes them: chosen, rejected, chosen, rejected, …"""
-  return sft.demonstrated(run, [answer for pair in pairs for answer in pair])
+  return sft.demonstration_rollouts(
+    run, [response for pair in pairs for response in pair]
+  )
 
 
 def evaluate(run: Run, model: Any, pairs: Sequence[Pair]) -> dict[str, float]:

@@ -1,256 +1,402 @@
-"""The house holds its plan: who may import whom, and what stays light."""
+"""The architecture holds: who imports whom, what the maps list, what stays light.
+
+`python tests/architecture_test.py` prints MAY_IMPORT as the code is now.
+"""
 
 import ast
+import functools
 import os
 import pathlib
+import re
 import subprocess
 import sys
-
-import pytest
+import textwrap
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "opo_jax"
 
-# Room -> the rooms it may import; nothing else may. A package's name stands for all of
-# its rooms; rooms of one package are listed where they use each other. Rooms that are
-# planned and not built yet stand here too, so that they are built where they belong.
-MAY_IMPORT = {
-  "__main__": {"loop", "evaluation", "planning", "plots", "variance", "models.hf"}
-  | {"reward_training"}
-  | {"report", "compare"}  # pages about one run, about several
-  | {"environment"}  # before JAX starts
-  | {"sharding"}  # how one of several processes ends
-  | {"commands"}  # what is done with a finished run, which no loop needs to hold
-  | {"config"},  # the command line parses flags over it
-  # The loop's three: the order of a step, its phases, and the commands besides.
-  "loop": {"run", "build", "data", "checkpoint", "metrics", "profiling", "config"}
-  | {"reward_training"}
-  | {"sharding"},  # the processes of a run find each other first
-  "problems": {"data", "config"}
-  | {"sharding"},  # of several processes each measures its share of the prompts
-  "run": {"problems", "build", "data", "rewards", "packing", "evaluation", "checkpoint"}
-  | {"metrics", "sharding", "config", "judging", "rollouts"}
-  | {"scoring", "memory"}  # of a batch, while it is sampled; of a device
-  | {"sft"},
-  "sft": {"build", "data", "metrics", "rollouts", "config"},
-  # A second, smaller loop, before the other: preference pairs instead of rollouts.
-  "reward_training": {"run", "models", "data", "rewards", "rollouts", "evaluation"}
-  | {"checkpoint", "metrics", "sharding", "config", "sft"},
-  "commands": {"run", "data", "metrics", "config", "evaluation"}
-  | {"checkpoint"},  # results name the policy they are of
-  "planning": {"build", "sharding", "config"}
-  | {"hlo", "models"}  # what programs move; the shapes of known models
-  | {"decoding"},  # by whose rules a ring grows and slots become fewer
-  "hlo": set(),
-  "environment": set(),
-  "variance": {"advantages", "rollouts"}
-  | {"trainer"},  # it differentiates the very log-probs that training does
-  "build": {"models", "sampler", "trainer", "advantages", "sharding", "config"}
-  | {"rollouts"}  # demonstrations are made into rollouts here
-  | {"rewards.reward_model"},  # a device part like the policy
-  # The sampler's two halves below it: the compiled programs, and logits to a token.
-  "sampler": {"models", "rollouts", "sharding", "decoding", "distribution", "memory"},
-  "decoding": {"models", "rollouts", "sharding", "distribution"},
-  "distribution": set(),
-  "trainer": {"losses", "logprobs", "advantages", "rollouts", "packing", "sharding"}
-  | {"models.attention"},  # responses attend to the keys of their prompt
-  "evaluation": {"diversity"},
-  "diversity": set(),
-  "judging": {"evaluation"},
-  "rewards.reward_model": {"rollouts", "models", "sharding"},
-  "models.transformer": {"sharding", "models.attention", "models.config"}
-  | {"models.rope"},
-  "models.lora": {"sharding", "models.transformer"},
-  "models.hf": {"sharding", "models.config", "models.config_json"}
-  | {"models.transformer", "models.lora"},
-  "models.config_json": {"models.config", "models.rope"},
-  "models.config": {"models.rope"},  # the scalings are part of it
-  "models.rope": set(),
-  "models.card": set(),
-  "models.attention": {"models.flash"},
-  "models.flash": {"sharding"},
-  "data.sources": {"data.prompts", "data.arithmetic", "data.builders", "data.stream"}
-  | {"data.preferences", "data.decontaminate"}
-  | {"rewards.answers"},  # a reference solution's answer is found as a response's
-  "data.builders": {"data.prompts"},
-  "data.stream": {"data.prompts"},
-  "data.selection": {"data.prompts"},
-  "data.decontaminate": {"data.prompts"},
-  "data.arithmetic": {"data.prompts"},
-  "data.preferences": {"data.prompts", "data.arithmetic"},
-  "checkpoint": set(),
-  # Leaves take arrays and plain numbers.
-  "advantages": set(),
-  "losses": {"advantages"},  # opo_loss goes from rewards to a loss in one call
-  "logprobs": set(),
-  "rollouts": set(),
-  "packing": set(),
-  "sharding": {"environment"},  # of several processes all compile, or all read
-  "config": set(),
-  "metrics": set(),
-  "profiling": set(),
-  "memory": set(),
-  "scoring": set(),
-  "plots": set(),
-  "report": {"plots", "evaluation"},
-  "compare": {"plots", "evaluation", "judging", "report"},
-  "data.prompts": set(),
-  "rewards.math_verifier": {
-    "rewards.answers",
-    "rewards.numeric",
-    "rewards.quantities",
-    "rewards.spelling",
-  },
-  "rewards.quantities": {"rewards.numeric", "rewards.spelling"},
-  "rewards.spelling": {"rewards.answers"},
-  "rewards.answers": {"rewards.numeric"},
-  "rewards.numeric": set(),
-  "rewards.pool": set(),
-  "rewards.custom": set(),
-  "rewards.shaping": {"rewards.answers"},
-}
-FACES = {
-  "": set(),
-  "models": {"models.config", "models.config_json", "models.hf", "models.transformer"},
-  "data": set(),
-  "rewards": {"rewards.custom", "rewards.math_verifier", "rewards.pool"},
-}
+# Module: the modules that it imports, no more and no fewer. A new entry is a decision
+# about the architecture. A package stands for itself and for all of its modules.
+MAY_IMPORT = """
+opo_jax:
+__main__: commands config devices loop planning reports reward_training variance
+advantages:
+build: config devices learner models sampler
+commands:
+commands.data: data
+commands.evaluate: build config evaluation run scorer storage
+commands.export: config models run
+commands.sample: build config data.prompts run
+commands.variance: build config run scorer storage.json_files variance
+config:
+data:
+data.arithmetic: data.prompts
+data.builders: data.prompts
+data.decontaminate: data.prompts
+data.preferences: data.arithmetic data.prompts
+data.prompts:
+data.selection: data.prompts
+data.sources: data.arithmetic data.builders data.decontaminate data.preferences
+  data.prompts data.stream rewards.answers
+data.stream: data.prompts
+devices:
+devices.aot:
+devices.distributed: devices.environment devices.sharding
+devices.environment:
+devices.memory:
+devices.profiling:
+devices.sharding:
+evaluation: evaluation.estimators evaluation.responses evaluation.summary
+  evaluation.tables
+evaluation.diversity:
+evaluation.estimators:
+evaluation.evaluator: build data.preferences evaluation evaluation.graded metrics run
+  scorer
+evaluation.graded: evaluation.responses evaluation.summary
+evaluation.responses:
+evaluation.summary: evaluation.diversity evaluation.estimators evaluation.responses
+evaluation.tables:
+learner: learner.algorithm learner.forward learner.state learner.update
+learner.algorithm: advantages losses
+learner.forward: devices.sharding learner.packing logprobs losses models.attention
+  rollouts
+learner.metrics: advantages learner.packing rollouts
+learner.optimizer:
+learner.packing:
+learner.state: devices.sharding models.lora
+learner.update: advantages devices learner.algorithm learner.forward learner.metrics
+  learner.packing learner.state losses models.lora rollouts
+logprobs:
+loop: build config devices evaluation.evaluator learner metrics protocols
+  reports.terminal reward_training rollouts run sampler scorer sft storage
+losses: advantages
+metrics:
+models: models.config models.config_json models.hf models.transformer
+models.attention: models.flash
+models.card:
+models.config: models.rope
+models.config_json: models.config models.rope
+models.flash: devices.sharding
+models.hf: devices.sharding models.config models.config_json models.lora
+  models.transformer
+models.lora: devices.sharding models.transformer
+models.rope:
+models.transformer: devices.sharding models.attention models.config models.rope
+planning:
+planning.command: config planning.plan planning.search planning.topologies
+planning.hlo:
+planning.jaxpr:
+planning.plan: build config devices models planning.hlo planning.jaxpr planning.programs
+  planning.replication planning.simulation planning.topologies
+planning.programs: build config devices learner models rollouts sampler
+planning.replication: planning.hlo planning.jaxpr
+planning.search: config planning.plan planning.topologies
+planning.simulation: sampler.decoding
+planning.topologies: config
+problems: config data devices.distributed
+protocols: data.prompts learner rollouts sampler scorer
+reports:
+reports.charts: reports.run_files reports.style
+reports.compare: evaluation reports.plots reports.report reports.run_files reports.style
+reports.plots: reports.charts reports.run_files reports.style
+reports.report: evaluation reports.charts reports.run_files
+reports.run_files:
+reports.style: reports.run_files
+reports.terminal:
+reward_training: build config data devices.sharding evaluation learner metrics models
+  rewards.reward_model rollouts run scorer sft storage
+rewards: rewards.custom rewards.math_verifier rewards.pool
+rewards.answers: rewards.numeric
+rewards.custom:
+rewards.early:
+rewards.math_verifier: rewards.answers rewards.numeric rewards.quantities
+  rewards.spelling
+rewards.numeric:
+rewards.pool:
+rewards.quantities: rewards.numeric rewards.spelling
+rewards.reward_model: devices.sharding models rollouts
+rewards.shaping: rewards.answers
+rewards.spelling: rewards.answers
+rollouts:
+run: build config data devices models problems reports.terminal scorer storage.directory
+sampler: sampler.engine sampler.params sampler.schedule sampler.state
+sampler.batch: devices models.transformer rollouts sampler.decoding sampler.params
+  sampler.prefill sampler.schedule sampler.state
+sampler.decoding: devices.sharding models rollouts sampler.params sampler.schedule
+  sampler.state sampler.tokens
+sampler.engine: devices models.transformer rollouts sampler.batch sampler.decoding
+  sampler.lowering sampler.params sampler.prefill sampler.schedule sampler.state
+sampler.lowering: devices models.transformer sampler.decoding sampler.params
+  sampler.prefill sampler.state
+sampler.params: models.transformer
+sampler.prefill: devices.sharding models.transformer rollouts sampler.params
+  sampler.state
+sampler.schedule:
+sampler.state: devices.sharding sampler.params
+sampler.tokens: sampler.params
+scorer: config data devices reports.terminal rewards rollouts
+sft: build config data metrics rollouts run sampler storage.json_files
+storage:
+storage.checkpoint:
+storage.directory: config devices.distributed models.lora storage.checkpoint
+  storage.json_files storage.run_json
+storage.json_files:
+storage.record: storage.json_files
+storage.run_json: storage.json_files
+variance: variance.estimates variance.estimators variance.gram variance.measurement
+  variance.statistics variance.tables
+variance.estimates: advantages rollouts variance.estimators variance.gram
+variance.estimators: advantages
+variance.gram: learner rollouts
+variance.measurement: rollouts variance.estimates variance.gram variance.statistics
+variance.statistics: variance.estimators
+variance.tables:
+"""
 
 
-def rooms():
+@functools.cache
+def modules() -> dict[str, ast.Module]:
+  """Every module by its name below the package ("" is opo_jax itself)."""
+  names = {}
   for path in sorted(PACKAGE.rglob("*.py")):
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    yield ".".join(parts).removesuffix("__init__").removesuffix("."), path
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    name = name.removesuffix("__init__").removesuffix(".")
+    names[name] = ast.parse(path.read_text())
+  return names
 
 
-def imports_of(path):
-  """Rooms that a file imports, wherever in it the import stands."""
-  names = {name for name, _ in rooms()}
+def imports_of(tree: ast.Module, known) -> set[str]:
+  """Modules of this package that a module imports, wherever the import stands."""
   found = set()
-  for node in ast.walk(ast.parse(path.read_text())):
+  for node in ast.walk(tree):
     if isinstance(node, ast.Import):
-      modules = [alias.name for alias in node.names]
+      names = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
-      assert node.level == 0, f"{path}: imports are absolute"
-      module = node.module or ""
-      modules = [f"{module}.{alias.name}" for alias in node.names]
-      # `from opo_jax.data import sources` is a room, `from …plots import report` not.
-      modules = [m if m.removeprefix("opo_jax.") in names else module for m in modules]
+      assert node.level == 0, "imports are absolute"
+      names = [f"{node.module}.{alias.name}" for alias in node.names]
+      # `from opo_jax.data import sources` imports a module, other names do not.
+      names = [n if n.removeprefix("opo_jax.") in known else node.module for n in names]
     else:
       continue
-    found |= {
-      m.removeprefix("opo_jax").removeprefix(".")
-      for m in modules
-      if m.split(".")[0] == "opo_jax"
-    }
+    own = [n for n in names if n.split(".")[0] == "opo_jax"]
+    found |= {n.removeprefix("opo_jax").removeprefix(".") for n in own}
   return found
 
 
-@pytest.mark.parametrize(
-  ("room", "path"), list(rooms()), ids=lambda value: str(value)[-30:]
-)
-def test_a_room_imports_only_what_the_plan_allows(room, path):
-  allowed = FACES[room] if path.name == "__init__.py" else MAY_IMPORT[room]
-  too_many = {
-    name
-    for name in imports_of(path)
-    if name not in allowed and name.split(".")[0] not in allowed
-  }
-  assert not too_many, f"{room or 'opo_jax'} may not import {sorted(too_many)}"
+def parsed(table: str) -> dict[str, set[str]]:
+  """A table as text: `module: entries`, which may go on in lines further in."""
+  rows = re.findall(r"^(\S+):(.*(?:\n +.*)*)", table, re.M)
+  return {name: set(entries.split()) for name, entries in rows}
 
 
-def test_a_forbidden_import_is_seen(tmp_path):
-  file = tmp_path / "leaf.py"
-  file.write_text(
-    "def f():\n  from opo_jax.data import sources\n  import opo_jax.loop\n"
+def covers(entry: str, module: str) -> bool:
+  """Whether an entry of the table stands for this module."""
+  return module == entry or module.startswith(f"{entry}.")
+
+
+def differences(table, found):
+  """What a table allows too little and too much, in words."""
+  for name in sorted(found.keys() - table.keys()):
+    yield f"{name} is not in the table"
+  for name in sorted(table.keys() - found.keys()):
+    yield f"{name} is in the table, and there is no such module"
+  for name in sorted(table.keys() & found.keys()):
+    for module in sorted(found[name]):
+      if not any(covers(entry, module) for entry in table[name]):
+        yield f"{name} may not import {module}"
+    for entry in sorted(table[name]):
+      if not any(covers(entry, module) for module in found[name]):
+        yield f"{name} may import {entry}, and does not"
+
+
+def imports() -> dict[str, set[str]]:
+  trees = {name or "opo_jax": tree for name, tree in modules().items()}
+  return {name: imports_of(tree, modules()) for name, tree in trees.items()}
+
+
+def test_every_module_imports_what_the_table_says():
+  assert not list(differences(parsed(MAY_IMPORT), imports()))
+
+
+def test_a_wrong_table_is_told_line_by_line():
+  leaf = ast.parse(
+    "def f():\n  from opo_jax.data import sources\n  import opo_jax.loop"
   )
-  assert imports_of(file) == {"data.sources", "loop"}
+  found = {"leaf": imports_of(leaf, modules()), "new": set()}
+  assert found["leaf"] == {"data.sources", "loop"}
+  assert list(differences(parsed("leaf: data\n  loop\nnew:"), found)) == []
+  assert list(differences(parsed("leaf: data run\ngone:"), found)) == [
+    "new is not in the table",
+    "gone is in the table, and there is no such module",
+    "leaf may not import loop",
+    "leaf may import run, and does not",
+  ]
+
+
+def test_no_modules_import_each_other():
+  graph, done = imports(), set()
+
+  def visit(name, path):
+    assert name not in path, " -> ".join([*path, name])
+    if name not in done:
+      for other in graph[name]:
+        visit(other, [*path, name])
+    done.add(name)
+
+  for name in graph:
+    visit(name, [])
 
 
 def test_only_sharding_and_the_command_line_ask_for_devices():
-  allowed = {"sharding", "__main__"}
   asking = {
     name
-    for name, path in rooms()
+    for name, tree in modules().items()
     if any(
       isinstance(node, ast.Attribute) and node.attr in ("devices", "local_devices")
       and isinstance(node.value, ast.Name) and node.value.id == "jax"
-      for node in ast.walk(ast.parse(path.read_text()))
+      for node in ast.walk(tree)
     )
   }  # fmt: skip
-  assert asking <= allowed
+  assert asking <= {"devices.sharding", "__main__"}
 
 
-def test_only_build_loop_planning_and_the_command_line_know_the_config():
-  knowing = {name for name, path in rooms() if "config" in imports_of(path)}
-  assert knowing <= {
+def test_only_what_assembles_a_run_knows_the_config():
+  """All other modules take plain values."""
+  assert {name for name, found in imports().items() if "config" in found} == {
+    "__main__",
     "build",
+    "commands",
     "loop",
+    "planning.plan",
+    "problems",
     "reward_training",
     "run",
-    "problems",
     "sft",
-    "commands",
-    "planning",
-    "__main__",
   }
 
 
-def test_every_config_field_is_read():
-  """As an attribute, in one of the rooms that know the config."""
-  import dataclasses
+def test_no_module_is_called_utils():
+  assert not [name for name in modules() if re.search("util|helper|common|misc", name)]
 
-  from opo_jax.config import Config
 
-  rooms_that_read = ("build", "loop", "reward_training", "run", "problems", "commands")
-  rooms_that_read += ("sft",)
-  read = {
-    node.attr
-    for name in (*rooms_that_read, "__main__")
-    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text()))
-    if isinstance(node, ast.Attribute)
+# --- names and maps -----------------------------------------------------------------
+
+
+def legend() -> list[tuple[str, str]]:
+  """(letter, meaning) of the table of shape letters in opo_jax/__init__.py."""
+  text = ast.get_docstring(modules()[""]).split("Shape letters", 1)[1]
+  rows = [line for line in text.splitlines() if re.match(r"    [A-Z]  ", line)]
+  return [
+    pair
+    for row in rows
+    for pair in re.findall(r"(?:^ +|\s{2,})([A-Z])  (\S+(?: \S+)*)", row)
+  ]
+
+
+def shape_suffixes(tree: ast.Module) -> set[str]:
+  """The suffixes of its names that are shapes: BTD of `hidden_BTD`."""
+  names = set()
+  for node in ast.walk(tree):
+    for kind, field in ((ast.Name, "id"), (ast.arg, "arg"), (ast.Attribute, "attr")):
+      if isinstance(node, kind):
+        names.add(getattr(node, field))
+  found = (re.fullmatch(r"_?[a-z][a-z0-9_]*_([A-Z][A-Z0-9]*)", name) for name in names)
+  return {match[1] for match in found if match}
+
+
+def test_a_shape_letter_has_one_meaning():
+  letters = [letter for letter, _ in legend()]
+  assert len(letters) > 10
+  assert not sorted({each for each in letters if letters.count(each) > 1})
+  # No sentence beside the table gives a letter a second meaning.
+  text = ast.get_docstring(modules()[""]).split("Shape letters", 1)[1]
+  prose = [line for line in text.splitlines() if not line.startswith("    ")]
+  assert not re.findall(r"\b[B-HJ-Z]\b", "\n".join(prose))
+
+
+def test_every_shape_suffix_is_in_the_legend():
+  letters = {letter for letter, _ in legend()}
+  unknown = {
+    f"{name}: {suffix}"
+    for name, tree in modules().items()
+    if name.split(".")[0] in ("sampler", "learner", "models")
+    for suffix in shape_suffixes(tree)
+    if set(re.sub(r"[0-9]", "", suffix)) - letters
   }
-
-  def fields(cls):
-    for field in dataclasses.fields(cls):
-      if dataclasses.is_dataclass(field.type):
-        yield from fields(field.type)
-      else:
-        yield field.name
-
-  # The experiment's name is read from config.json, by the report.
-  assert not set(fields(Config)) - read - {"experiment"}
+  assert not unknown
 
 
-@pytest.mark.parametrize(
-  ("module", "absent"),
-  [
-    ("opo_jax", {"jax", "numpy"}),
-    ("opo_jax.config", {"jax", "numpy"}),
-    ("opo_jax.__main__", {"jax", "numpy"}),
-    ("opo_jax.rewards", {"jax", "sympy"}),
-    ("opo_jax.loop", {"tensorflow", "torch", "matplotlib"}),
-  ],
-)
-def test_importing_a_room_does_not_load_what_it_does_not_need(module, absent):
-  code = f"import sys, {module}; print(*sys.modules)"
+def test_suffixes_are_found_in_names_parameters_and_attributes():
+  code = (
+    "def f(a_BT, T):\n  MAX_LEN = self.b_G2\n  c_SV = lambda d_E: _e_F\n  x_y = X_Y"
+  )
+  assert shape_suffixes(ast.parse(code)) == {"BT", "G2", "SV", "E", "F"}
+
+
+def top_level() -> set[str]:
+  return {name.split(".")[0] for name in modules()} - {""}
+
+
+def tree_of(page: str) -> set[str]:
+  """The files and folders of opo_jax/ in the tree of a page: below it, two deeper."""
+  (block,) = re.findall(r"^    opo_jax/.*\n((?:      +\S.*\n)+)", page, re.M)
+  rows = re.findall(r"^      (\S.*?)(?:  .*)?$", block, re.M)
+  return {re.sub(r"(\.py|/)$", "", word) for row in rows for word in row.split()}
+
+
+def test_the_readme_lists_every_module_and_package():
+  assert tree_of((ROOT / "README.md").read_text()) == top_level()
+
+
+def test_the_package_lists_every_module():
+  """A line each for modules and packages, under a package the names of its modules."""
+  text = ast.get_docstring(modules()[""]).split("Shape letters", 1)[0]
+  listed, package = set(), None
+  for indent, line in re.findall(r"^( {4,})(\S.*)$", text, re.M):
+    if len(indent) == 4:
+      package = line.split()[0]
+      listed.add(package)
+    else:
+      listed |= {f"{package}.{name}" for name in line.split()}
+  assert listed == set(modules()) - {""}
+
+
+# --- what stays light ---------------------------------------------------------------
+
+
+# In this order in one process: what a module may load, those before it may not.
+ABSENT = {
+  "opo_jax": {"jax", "numpy"},
+  "opo_jax.config": {"jax", "numpy"},
+  "opo_jax.__main__": {"jax", "numpy"},
+  "opo_jax.rewards": {"jax", "sympy"},
+  "opo_jax.loop": {"tensorflow", "torch", "matplotlib"},
+}
+
+
+def test_importing_a_module_does_not_load_what_it_does_not_need():
+  code = f"""
+import importlib, sys
+for module in {list(ABSENT)}:
+  importlib.import_module(module)
+  print(*{{name.split(".")[0] for name in sys.modules}})
+"""
   output = subprocess.run(
     [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
   )
-  loaded = {name.split(".")[0] for name in output.stdout.split()}
-  assert not loaded & absent
+  loaded = map(set, map(str.split, output.stdout.splitlines()))
+  found = dict(zip(ABSENT, loaded, strict=True))
+  too_many = {name: found[name] & absent for name, absent in ABSENT.items()}
+  assert not any(too_many.values()), too_many
 
 
-@pytest.mark.parametrize(
-  "module", ["opo_jax.advantages", "opo_jax.losses", "opo_jax.logprobs"]
-)
-def test_the_algorithm_imports_jax_and_nothing_besides(module):
+def test_the_algorithm_imports_jax_and_nothing_besides():
   """Nor does it touch a device: whoever imports it may still choose the platform."""
-  code = f"""
+  code = """
 import sys
 import jax, jax.numpy
 before = set(sys.modules)
-import {module}
+import opo_jax.advantages, opo_jax.losses, opo_jax.logprobs
 print(*set(sys.modules) - before)
 """
   # A platform that is not there: the first array would fail.
@@ -267,7 +413,20 @@ print(*set(sys.modules) - before)
   assert loaded - {"jax", "jaxlib"} - sys.stdlib_module_names == {"opo_jax"}
 
 
-def test_no_room_is_called_utils_and_none_is_endless():
-  for name, path in rooms():
-    assert "util" not in name and "helper" not in name
-    assert len(path.read_text().splitlines()) <= 700, f"{name} holds two ideas"
+def written(found: dict[str, set[str]]) -> str:
+  """The table as text: for several modules of another package, the package."""
+  lines = []
+  for name, others in found.items():
+    packages = [other.split(".")[0] for other in others]
+    own = name.split(".")[0]
+    entries = {
+      package if packages.count(package) > 1 and package != own else other
+      for other, package in zip(others, packages, strict=True)
+    }
+    line = f"{name}: {' '.join(sorted(entries))}".rstrip()
+    lines += textwrap.wrap(line, 88, subsequent_indent="  ", break_on_hyphens=False)
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  print(written(imports()))

@@ -1,7 +1,11 @@
 """A config survives its file, and a mistake in it is named before any device work."""
 
+import ast
 import dataclasses
+import inspect
 import json
+import math
+import pathlib
 import re
 
 import pytest
@@ -14,7 +18,6 @@ from opo_jax.config import (
   Algorithm,
   Config,
   Distributed,
-  Eval,
   Model,
   Profile,
   Rollout,
@@ -23,6 +26,18 @@ from opo_jax.config import (
   from_dict,
   to_dict,
 )
+
+
+def config(flags):
+  """The default config with these flags: {"rollout.group-size": 16}."""
+  sections = {}
+  for flag, value in flags.items():
+    section, _, name = f".{flag}".replace("-", "_").rpartition(".")
+    sections.setdefault(section.lstrip("."), {})[name] = value
+  kwargs = sections.pop("", {})
+  for section, values in sections.items():
+    kwargs[section] = dataclasses.replace(getattr(Config(), section), **values)
+  return Config(**kwargs)
 
 
 def other_value(value):
@@ -50,8 +65,7 @@ def config_with_no_default():
   sections["profile"] = Profile(steps="5:8")
   algorithm = dict(updates_per_batch=13, loss="ppo_clip")
   sections["algorithm"] = dataclasses.replace(sections["algorithm"], **algorithm)
-  # Where processes meet is no part of a run.
-  del sections["distributed"]
+  del sections["distributed"]  # no property of a run
   return Config(**sections)
 
 
@@ -72,7 +86,7 @@ def test_every_field_of_another_config_is_a_difference():
   assert len({line.split(":")[0] for line in lines}) == leaves
 
 
-def test_where_processes_meet_is_no_part_of_a_run():
+def test_the_addresses_of_processes_are_not_in_the_file():
   there = Config(distributed=Distributed("host:1", num_processes=2, process_id=1))
   assert to_dict(there) == to_dict(Config())
 
@@ -107,12 +121,6 @@ def test_what_changes_time_and_memory_alone_is_no_conflict():
     assert name in old[section], flag
 
 
-@pytest.mark.parametrize("steps", ["8:5", "0:3", "5", "5:101", "5-8", "a:b", "5:8:9"])
-def test_a_profile_of_no_steps_of_the_run_is_refused(steps):
-  with pytest.raises(ValueError, match=r"--profile.steps is .*; give .* from 1 to 100"):
-    Config(profile=Profile(steps=steps))
-
-
 def test_a_profile_names_its_first_and_last_step():
   assert Config(profile=Profile(steps="5:8")).profile.span == (5, 8)
   assert Config(profile=Profile(steps="100:100")).profile.span == (100, 100)
@@ -126,62 +134,51 @@ def test_field_that_one_config_lacks_is_a_difference():
   ]
 
 
-@pytest.mark.parametrize("section", [None, "rollout", "optimizer"])
-def test_unknown_and_missing_keys_are_refused_by_name(section):
+def test_unknown_and_missing_keys_are_refused_by_name(subtests):
+  for section, missing in ((None, "seed"), ("rollout", "slots"), ("optimizer", "b1")):
+    with subtests.test(section):
+      values = to_dict(Config())
+      part = values if section is None else values[section]
+      where = "Config" if section is None else section
+      part["group_sise"] = 4
+      with pytest.raises(ValueError, match=rf"{where}.* fields \['group_sise'\]"):
+        from_dict(values)
+      del part["group_sise"], part[missing]
+      with pytest.raises(ValueError, match=rf"{where}.* misses \['{missing}'\]"):
+        from_dict(values)
+
+
+def test_values_of_another_type_are_refused_with_their_section(subtests):
   values = to_dict(Config())
-  part = values if section is None else values[section]
-  part["group_sise"] = 4
-  where = "Config" if section is None else section
-  with pytest.raises(ValueError, match=rf"{where}.* unknown fields \['group_sise'\]"):
-    from_dict(values)
-  del part["group_sise"]
-  name = next(name for name, value in part.items() if not isinstance(value, dict))
-  del part[name]
-  with pytest.raises(ValueError, match=rf"{where}.* misses \['{name}'\]"):
-    from_dict(values)
-
-
-@pytest.mark.parametrize(
-  ("section", "value", "message"),
-  [
+  for section, value, message in (
     ("model", [1], "model is no object of fields"),
     ("model", "x", "model is no object of fields"),
     ("seed", "x", "a value of Config is of another type"),
-    ("eval", {"benchmarks": 3}, "is of another type"),
-  ],
-)
-def test_values_of_another_type_are_refused_with_their_section(section, value, message):
-  values = to_dict(Config())
-  if isinstance(value, dict):
-    value = values[section] | value
-  with pytest.raises(ValueError, match=message):
-    from_dict(values | {section: value})
+    ("eval", values["eval"] | {"benchmarks": 3}, "is of another type"),
+  ):
+    with subtests.test(f"{section}: {value}"), pytest.raises(ValueError, match=message):
+      from_dict(values | {section: value})
   with pytest.raises(ValueError, match="Config is no object of fields"):
     from_dict([values])
 
 
-@pytest.mark.parametrize("content", ['{"seed": 1', "[1]", "", "[" * 100_000])
-@pytest.mark.parametrize(
-  "command", ["eval", "report", "compare", "export", "sample", "variance", "train"]
-)
 def test_a_broken_config_file_ends_every_command_with_one_line(
-  content, command, tmp_path, capsys
+  subtests, tmp_path, capsys
 ):
-  run = tmp_path / "run"
-  run.mkdir()
-  (run / "config.json").write_text(content)
-  (run / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
-  other = tmp_path / "other"
-  arguments = {"compare": [run, other], "export": [run, other], "sample": [run, "?"]}
-  if command == "compare":
-    other.mkdir()
-    (other / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
-  if command == "train":
-    arguments["train"] = ["quickstart", "--run", run]
-  words = [command, *map(str, arguments.get(command, [run]))]
-  assert command_line.main(words) == 2
-  (line,) = capsys.readouterr().err.splitlines()
-  assert line.startswith(f"error: {run}/config.json")
+  run, other = tmp_path / "run", tmp_path / "other"
+  for directory in (run, other):
+    directory.mkdir()
+    (directory / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
+  commands = [[name, run] for name in ("eval", "report", "variance")]
+  commands += [["compare", run, other], ["export", run, tmp_path / "out"]]
+  commands += [["sample", run, "?"], ["train", "quickstart", "--run", run]]
+  for content in ('{"seed": 1', "[1]", "", "[" * 100_000):
+    (run / "config.json").write_text(content)
+    for command in commands:
+      with subtests.test(f"{command[0]}: {content[:10]}"):
+        assert command_line.main([*map(str, command)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {run}/config.json")
 
 
 def test_a_config_file_is_checked_like_a_config():
@@ -191,89 +188,141 @@ def test_a_config_file_is_checked_like_a_config():
     from_dict(values)
 
 
-COUNTS = [
-  "steps",
-  "rollout.prompts-per-step",
-  "rollout.group-size",
-  "rollout.max-new-tokens",
-  "algorithm.updates-per-batch",
-  "checkpoint.every",
-  "checkpoint.keep",
-  "eval.samples",
-  "eval.chunk",
-  "record.print-every",
+# Flags, and the error that they end with.
+REFUSED = [
+  *(
+    ({flag: value}, f"--{flag} is {value}; it must be at least 1.")
+    for value in (0, -3)
+    for flag in (
+      "steps",
+      "model.vocab-size",
+      "model.num-layers",
+      "sft.batch-size",
+      "reward-model.steps",
+      "reward.repetition-ngram",
+      "rollout.prompts-per-step",
+      "rollout.group-size",
+      "rollout.max-prompt-tokens",
+      "rollout.max-new-tokens",
+      "algorithm.updates-per-batch",
+      "checkpoint.every",
+      "checkpoint.keep",
+      "eval.samples",
+      "eval.chunk",
+      "record.print-every",
+    )
+  ),
+  *(
+    ({flag: -1}, f"--{flag} is -1; it must be at least 0.")
+    for flag in (
+      "seed",
+      "model.lora-rank",
+      "data.min-pass-rate",
+      "reward.workers",
+      "reward.overlong-weight",
+      "sft.steps",
+      "rollout.slots",
+      "algorithm.micro-batch-tokens",
+      "algorithm.clip-high",
+      "optimizer.learning-rate",
+      "optimizer.warmup-steps",
+      "eval.every",
+      "eval.temperature",
+      "record.kl-rollouts",
+    )
+  ),
+  ({"optimizer.learning-rate": math.nan}, "--optimizer.learning-rate is nan; it must"),
+  ({"reward.timeout-s": 0.0}, "--reward.timeout-s is 0.0; it must be above 0."),
+  ({"reward.memory-gib": 0.0}, "--reward.memory-gib is 0.0; it must be above 0."),
+  *(
+    ({f"{section}.{name}": value}, f"--{section}.{name} is {value}; it must be {words}")
+    for section in ("rollout", "eval")
+    for name, value, words in (
+      ("top-k", -1, "at least 0."),
+      ("top-p", 0.0, "above 0 and at most 1."),
+      ("top-p", 1.5, "above 0 and at most 1."),
+      ("min-p", -0.1, "at least 0 and at most 1."),
+      ("min-p", 1.5, "at least 0 and at most 1."),
+    )
+  ),
+  ({"rollout.temperature": 0.0}, "--rollout.temperature is 0.0; sampling for training"),
+  ({"rollout.temperature": -1.0}, "--rollout.temperature is -1.0; sampling for"),
+  *(
+    (filters, "is not on-policy")
+    for filters in (
+      {"rollout.top-k": 5},
+      {"rollout.top-p": 0.9},
+      {"rollout.min-p": 0.1},
+    )
+  ),
+  ({"eval.benchmarks": ()}, "--eval.benchmarks is empty; name at least one benchmark"),
+  ({"eval.benchmarks": ("a", "b", "a")}, "--eval.benchmarks is a b a; name"),
+  ({"algorithm.updates-per-batch": 2}, "--algorithm.loss ppo_clip, or 1 update"),
+  *(
+    (
+      {
+        "rollout.prompts-per-step": prompts,
+        "algorithm.updates-per-batch": updates,
+        "algorithm.loss": "ppo_clip",
+      },
+      f"use a multiple of {updates} (--rollout.prompts-per-step {suggested}).",
+    )
+    # 30 * 8 rows divide by 4, but the 30 groups do not: an update takes whole groups.
+    for prompts, updates, suggested in ((30, 4, 32), (1, 7, 7), (15, 2, 16))
+  ),
+  ({"reward.verifier": "math"}, "and math may not return on some responses; use --rew"),
+  ({"reward.verifier": "a.b:c"}, "--reward.workers 0 verifies in-process"),
+  ({"reward.verifier": "reward_model"}, "use --reward.truncated scored or masked."),
+  (
+    {"reward.overlong-weight": 1.0, "reward.overlong-tokens": 25},
+    "must grow over 1 to 24 tokens (--reward.overlong-tokens 4).",
+  ),
+  (
+    {"reward.overlong-weight": 1.0},
+    "--reward.overlong-tokens is 0; the length pen",
+  ),
+  ({"data.max-pass-rate": 0.9}, "need the pass rates of the start policy: --data.pass"),
+  (
+    {
+      "data.pass-rate-file": "x",
+      "data.min-pass-rate": 0.9,
+      "data.max-pass-rate": 0.1,
+    },
+    "--data.min-pass-rate 0.9 is above --data.max-pass-rate 0.1.",
+  ),
+  *(
+    ({"profile.steps": steps}, f"--profile.steps is {steps!r}; give the first and the")
+    for steps in ("8:5", "0:3", "5", "5:101", "5-8", "a:b", "5:8:9")
+  ),
+]
+OFF_POLICY = {"algorithm.updates-per-batch": 2, "algorithm.loss": "ppo_clip"}
+ACCEPTED = [
+  OFF_POLICY,
+  OFF_POLICY | {"rollout.top-k": 5},
+  OFF_POLICY | {"rollout.top-p": 0.9},
+  OFF_POLICY | {"rollout.min-p": 0.1},
+  {"eval.top-k": 5, "eval.top-p": 0.9, "eval.min-p": 0.1, "eval.temperature": 0.0},
+  {"reward.verifier": "math", "reward.workers": 2},
+  {"reward.verifier": "preferences"},
+  {"reward.verifier": "reward_model", "reward.truncated": "masked"},
+  {"reward.overlong-weight": 1.0, "reward.overlong-tokens": 24},
+  {"data.pass-rate-file": "x", "data.min-pass-rate": 0.1, "data.max-pass-rate": 0.9},
+  {"profile.steps": "100:100"},
 ]
 
 
-@pytest.mark.parametrize("flag", COUNTS)
-@pytest.mark.parametrize("value", [0, -3])
-def test_count_below_one_is_refused_with_its_flag(flag, value):
-  *sections, name = flag.replace("-", "_").split(".")
-  kwargs = {name: value}
-  for section in sections:
-    kwargs = {section: dataclasses.replace(getattr(Config(), section), **kwargs)}
-  with pytest.raises(ValueError, match=f"^--{re.escape(flag)} is {value}; "):
-    Config(**kwargs)
+def test_a_mistake_is_refused_with_its_flag_and_what_to_do(subtests):
+  for flags, message in REFUSED:
+    with subtests.test(str(flags)):
+      with pytest.raises(ValueError) as error:
+        config(flags)
+      assert message in str(error.value)
 
 
-@pytest.mark.parametrize("benchmarks", [(), ("gsm8k", "gsm8k")])
-def test_benchmarks_are_named_and_named_once(benchmarks):
-  with pytest.raises(ValueError, match=r"^--eval\.benchmarks is (empty|gsm8k gsm8k);"):
-    Config(eval=Eval(benchmarks=benchmarks))
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0])
-def test_greedy_sampling_for_training_is_refused(temperature):
-  with pytest.raises(ValueError, match=f"--rollout.temperature is {temperature}; "):
-    Config(rollout=Rollout(temperature=temperature))
-
-
-@pytest.mark.parametrize("kwargs", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
-def test_filters_in_on_policy_training_are_refused_with_both_ways_out(kwargs):
-  with pytest.raises(
-    ValueError, match=r"(?s)not on-policy.*--algorithm\.loss ppo_clip"
-  ):
-    Config(rollout=Rollout(**kwargs))
-  Config(
-    rollout=Rollout(**kwargs), algorithm=Algorithm(updates_per_batch=2, loss="ppo_clip")
-  )
-  Config(eval=Eval(**kwargs))
-
-
-@pytest.mark.parametrize("section", [Rollout, Eval])
-@pytest.mark.parametrize("kwargs", [{"top_p": 0.0}, {"top_p": 1.5}, {"min_p": 1.5}])
-def test_a_filter_that_is_no_probability_is_refused_with_its_flag(section, kwargs):
-  (name,) = kwargs
-  flag = f"--{section.__name__.lower()}.{name.replace('_', '-')} is"
-  with pytest.raises(ValueError, match=flag):
-    Config(**{section.__name__.lower(): section(**kwargs)})
-
-
-def test_policy_gradient_off_policy_is_refused_with_both_ways_out():
-  with pytest.raises(ValueError, match=r"--algorithm\.loss ppo_clip, or 1"):
-    Config(algorithm=Algorithm(updates_per_batch=2))
-  Config(algorithm=Algorithm(updates_per_batch=2, loss="ppo_clip"))
-
-
-@pytest.mark.parametrize(
-  ("prompts", "updates", "suggested"),
-  # 30 * 8 rows divide by 4, but the 30 groups do not: an update takes whole groups.
-  [(30, 4, 32), (1, 7, 7), (15, 2, 16)],
-)
-def test_prompts_that_do_not_split_are_refused_with_the_next_multiple(
-  prompts, updates, suggested
-):
-  def build(prompts):
-    return Config(
-      rollout=Rollout(prompts_per_step=prompts),
-      algorithm=Algorithm(loss="ppo_clip", updates_per_batch=updates),
-    )
-
-  with pytest.raises(
-    ValueError, match=rf"multiple of {updates} \(--rollout.* {suggested}\)"
-  ):
-    build(prompts)
-  build(suggested)
+def test_what_is_just_right_is_accepted(subtests):
+  for flags in ACCEPTED:
+    with subtests.test(str(flags)):
+      config(flags)
 
 
 @given(prompts=st.integers(1, 40), updates=st.integers(1, 5))
@@ -286,11 +335,6 @@ def test_config_is_accepted_where_updates_take_whole_groups(prompts, updates):
     assert prompts % updates, error
   else:
     assert prompts % updates == 0
-
-
-def test_a_negative_token_budget_is_refused():
-  with pytest.raises(ValueError, match=r"--algorithm\.micro-batch-tokens is -1"):
-    Config(algorithm=Algorithm(micro_batch_tokens=-1))
 
 
 def test_config_cannot_be_changed_after_it_was_checked():
@@ -306,3 +350,39 @@ def test_wrong_name_is_answered_with_the_near_ones():
   assert config_lib.near_names("qqqq", names) == (
     "there are ['grpo', 'opo', 'opo_batch', 'opo_loo']."
   )
+
+
+def test_every_field_has_a_help_text_that_names_no_module():
+  """A field's is the comment above it, a section's is its docstring."""
+  source = inspect.getsource(config_lib)
+  lines, without, texts = source.splitlines(), [], []
+  for section in ast.parse(source).body:
+    if not isinstance(section, ast.ClassDef) or section.name == "Limits":
+      continue
+    texts.append(ast.get_docstring(section))
+    for field in section.body:
+      is_flag = isinstance(field, ast.AnnAssign) and "field(" not in ast.unparse(field)
+      if is_flag and not lines[field.lineno - 2].startswith("  # "):
+        without.append(f"{section.name}.{field.target.id}")
+  assert not without
+  texts += [line for line in lines if line.startswith("  # ")]
+  package = pathlib.Path(config_lib.__file__).parent
+  modules = {path.stem for path in package.rglob("*.py")}
+  for text in texts:
+    named = re.findall(r"\(((?:\w+, )*\w+)\)", text)
+    words = {word for each in named for word in each.split(", ")}
+    assert not words & modules and ".py" not in text, text
+
+
+def test_help_shows_every_flag_with_its_text(capsys):
+  with pytest.raises(SystemExit) as done:
+    command_line.main(["train", "quickstart", "--help"])
+  assert done.value.code == 0
+  shown = " ".join(re.sub(r"[^\w.,:;=()-]+", " ", capsys.readouterr().out).split())
+  for flag, text in {
+    "--steps INT": "RL steps. (default: 120)",
+    "--model.fresh": "Read only config.json from path ; initialise the weights",
+    "--rollout.top-p FLOAT": "On-policy training needs 1. (default: 1.0)",
+    "mesh options": "Device mesh. One size may be -1",
+  }.items():
+    assert flag in shown and text in shown, flag

@@ -1,15 +1,20 @@
 """A person's own reward is found by name, runs under the limits, and may fail."""
 
+import dataclasses
 import sys
 
 import numpy as np
 import pytest
+from loop_test import small_config
 
+from opo_jax import build
 from opo_jax.data.prompts import Problem
 from opo_jax.evaluation import Response
+from opo_jax.evaluation.evaluator import Evaluator
 from opo_jax.rewards import RewardPool, shaping
 from opo_jax.rewards.custom import CustomReward
-from opo_jax.run import verifier
+from opo_jax.run import Run
+from opo_jax.scorer import VerifierScorer, find_verifier, on_host, shape_rewards
 
 OWN = """
 from opo_jax.rewards import batched, graded
@@ -62,19 +67,21 @@ def test_own_batched_reward_is_called_once_for_many(own):
 
 def test_names_that_lead_nowhere_say_what_there_is(own):
   with pytest.raises(ValueError, match=r"no function 'rewards'.*\['reward'\]"):
-    verifier(f"{own}:rewards")
+    find_verifier(f"{own}:rewards")
   with pytest.raises(ValueError, match="no function 'constant'"):
-    verifier(f"{own}:constant")
+    find_verifier(f"{own}:constant")
   with pytest.raises(ValueError, match=r"does not import \(ModuleNotFoundError"):
-    verifier("no_such_module:reward")
+    find_verifier("no_such_module:reward")
   with pytest.raises(ValueError, match=r"did you mean math .*package\.module:function"):
-    verifier("maths")
-  assert verifier(f"{own}:together").batched and verifier("math").warm_up
+    find_verifier("maths")
+  assert find_verifier(f"{own}:together").verify.batched
+  assert find_verifier("math").verify.warm_up
 
 
 def test_own_reward_says_whether_it_grades(own):
   kinds = {
-    name: verifier(f"{own}:{name}") for name in ("reward", "together", "brevity")
+    name: find_verifier(f"{own}:{name}").verify
+    for name in ("reward", "together", "brevity")
   }
   assert {name: (kind.batched, kind.graded) for name, kind in kinds.items()} == {
     "reward": (False, False), "together": (True, False), "brevity": (True, True),
@@ -87,54 +94,51 @@ def test_own_reward_says_whether_it_grades(own):
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
   """A run's rollouts of 8 prompts, 4 each; the rows 0, 5, 10, … are cut off."""
-  import dataclasses
-
-  import jax.numpy as jnp
-  from loop_test import small_config
-
-  from opo_jax.run import Run
-
-  with Run(small_config(), tmp_path_factory.mktemp("run")) as run:
-    asked = [Problem(str(i), "a1b2c3", "1") for i in range(8)]
-    rollouts = run.sample(run.parts.start(run.parts.init()), asked, 1)
-    finished = jnp.arange(32) % 5 > 0
-    yield run, asked, dataclasses.replace(rollouts, finished=finished)
+  run = Run(small_config(), tmp_path_factory.mktemp("run"))
+  problems = [Problem(str(i), "a1b2c3", "1") for i in range(8)]
+  rollouts = build.make_sampler(run.config).sample(
+    run.init_policy(), run.encode(problems), build.rollout_params(run.config), seed=1
+  )
+  rollouts = on_host(rollouts, run.mesh)
+  return run, problems, dataclasses.replace(rollouts, finished=np.arange(32) % 5 > 0)
 
 
-def with_reward(run, **changes):
-  import copy
-  import dataclasses
-
-  other = copy.copy(run)
-  other.__dict__.pop("verifier", None)
-  reward = dataclasses.replace(run.config.reward, **changes)
-  other.config = dataclasses.replace(run.config, reward=reward)
-  return other
+def make_scorer(run, verify=None, **changes):
+  """The run's scorer with other settings, its function in this process."""
+  scorer = VerifierScorer(
+    dataclasses.replace(run.config.reward, **changes),
+    run.tokenizer,
+    mesh=run.mesh,
+    max_new_tokens=run.config.rollout.max_new_tokens,
+    terminal=run.terminal,
+  )
+  if verify:
+    scorer.pool = RewardPool(verify, workers=0, timeout_s=1.0)
+  return scorer
 
 
 def test_truncated_responses_earn_what_was_chosen_and_it_is_logged(scored):
-  run, asked, rollouts = scored
-  cut = ~np.asarray(rollouts.finished)
-  for choice in ("incorrect", "scored", "left_out"):
-    own = with_reward(run, truncated=choice)
-    own.verifier = RewardPool(lambda a, b: 1.0, workers=0, timeout_s=1.0)
-    texts, verified = own.score(rollouts, asked)
-    rewards, metrics = own.shape(rollouts, texts, verified)
-    assert (rewards[~cut] == 1.0).all()
-    assert metrics["reward/unscorable_fraction"] == 0
-    if choice == "left_out":
-      assert np.isnan(rewards[cut]).all()
-      assert metrics["reward/left_out_fraction"] == cut.mean()
+  run, problems, rollouts = scored
+  cut = ~rollouts.finished
+  for choice in ("incorrect", "scored", "masked"):
+    scorer = make_scorer(run, lambda a, b: 1.0, truncated=choice)
+    scorer.begin(problems)
+    rewards = scorer.finish(rollouts)
+    assert (rewards.values[~cut] == 1.0).all()
+    assert rewards.metrics["reward/unscorable_fraction"] == 0
+    if choice == "masked":
+      assert np.isnan(rewards.values[cut]).all()
+      assert rewards.metrics["reward/masked_fraction"] == cut.mean()
     else:
-      assert (rewards[cut] == (choice == "scored")).all()
-      assert metrics["reward/truncated_mean"] == float(choice == "scored")
+      assert (rewards.values[cut] == (choice == "scored")).all()
+      assert rewards.metrics["reward/truncated_mean"] == float(choice == "scored")
 
 
-def test_pieces_are_added_by_weight_and_logged_by_name(scored):
+def test_terms_are_added_by_weight_and_logged_by_name(scored):
   run, _, rollouts = scored
-  lengths = np.asarray(rollouts.lengths)
-  own = with_reward(
-    run,
+  lengths, limit = rollouts.lengths, run.config.rollout.max_new_tokens
+  settings = dataclasses.replace(
+    run.config.reward,
     format_weight=0.5,
     overlong_weight=2.0,
     overlong_tokens=20,
@@ -144,15 +148,14 @@ def test_pieces_are_added_by_weight_and_logged_by_name(scored):
   verified = np.zeros(32, np.float32)
   verified[3] = np.nan
   texts = [r"\boxed{1}" if i % 2 else "1" for i in range(32)]
-  rewards, metrics = own.shape(rollouts, texts, verified)
-  limit = own.config.rollout.max_new_tokens
+  rewards, metrics = shape_rewards(rollouts, texts, verified, settings, run.mesh, limit)
   overlong = np.array(
     [shaping.soft_overlong(int(n), max_tokens=limit, buffer_tokens=20) for n in lengths]
   )
   repeated = np.array(
     [
       shaping.repetition(row[:n].tolist(), ngram=2)
-      for row, n in zip(np.asarray(rollouts.tokens), lengths, strict=True)
+      for row, n in zip(rollouts.tokens, lengths, strict=True)
     ]
   )
   expected = verified + 0.5 * (np.arange(32) % 2) + 2 * overlong + 0.25 * repeated
@@ -162,12 +165,10 @@ def test_pieces_are_added_by_weight_and_logged_by_name(scored):
   assert metrics["reward/repetition"] == pytest.approx(repeated.mean())
   assert metrics["reward/unscorable_fraction"] == 1 / 32
   assert overlong.min() < 0 and repeated.min() < 0
-  # What the baseline weighs with is untouched.
-  np.testing.assert_array_equal(lengths, np.asarray(rollouts.lengths))
 
 
-def test_an_unscorable_answer_is_shown_with_its_problem(scored, capsys):
-  run, asked, rollouts = scored
+def test_an_unscorable_response_is_shown_with_its_problem(scored, capsys):
+  run, problems, rollouts = scored
 
   def fails_once(response, reference, calls=[]):  # noqa: B006
     calls.append(response)
@@ -175,22 +176,19 @@ def test_an_unscorable_answer_is_shown_with_its_problem(scored, capsys):
       raise LookupError("no rule")
     return 1.0
 
-  own = with_reward(run)
-  own.verifier = RewardPool(fails_once, workers=0, timeout_s=1.0)
-  own.score(rollouts, asked)
+  scorer = make_scorer(run, fails_once)
+  scorer.begin(problems)
+  scorer.finish(rollouts)
   assert "0: raised LookupError: no rule" in capsys.readouterr().out
 
 
-def test_answers_to_an_own_reward_that_grades_are_evaluated_by_their_scores(
-  scored, own
-):
+def test_graded_rewards_of_a_user_are_evaluated_by_their_scores(scored, own):
   run, _, _ = scored
-  answers = [
+  responses = [
     Response("p", i, "so", "", None, reward, 2, True)
     for i, reward in enumerate((0.2, 3.0))
   ]
   for name, score in (("reward", "pass@1"), ("brevity", "reward_score")):
-    graded = with_reward(run, verifier=f"{own}:{name}", workers=1)
-    graded._verify = verifier(f"{own}:{name}")
-    row = graded.summary(answers, answers)
+    scorer = make_scorer(run, verifier=f"{own}:{name}", workers=1)
+    row = Evaluator(run, None, scorer).summary(responses, responses)
     assert {key for key in ("pass@1", "reward_score") if key in row} == {score}

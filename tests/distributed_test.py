@@ -98,10 +98,9 @@ def test_several_processes_give_the_metrics_of_one(num_processes, tmp_path):
 def test_processes_that_do_not_see_one_directory_end_at_once_and_say_so(tmp_path):
   here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
   processes = start(here, 2, 1, apart=elsewhere)
-  began = time.monotonic()
   codes = [process.wait(timeout=240) for process in processes]
   # One may find the other gone before it has said the same itself.
-  assert 2 in codes and 0 not in codes and time.monotonic() - began < 240
+  assert 2 in codes and 0 not in codes
   logs = [(tmp_path / f"here.{i}.log").read_text() for i in range(2)]
   assert any("config.json is there is [True, False]" in log for log in logs)
   assert not (here / "metrics.jsonl").exists()
@@ -122,7 +121,7 @@ def test_a_killed_process_ends_the_others_and_a_start_resumes(
     time.sleep(0.1)
   processes[killed].send_signal(signal.SIGKILL)
   other = 1 - killed  # 0 is the one that all have joined
-  assert processes[other].wait(timeout=60) != 0
+  assert processes[other].wait(timeout=240) != 0
   log = (tmp_path / f"broken.{other}.log").read_text()
   assert any(word in log for word in ("peer", "heartbeat", "unhealthy", "terminated"))
   # With as many processes, or with one that has all devices: the place is the same.

@@ -1,9 +1,9 @@
-"""The pages keep their word: their code runs as printed, and learns what they say."""
+"""What the pages say holds: code runs as printed, links lead on, flags exist."""
 
 import contextlib
+import dataclasses
 import doctest
 import functools
-import inspect
 import io
 import pathlib
 import re
@@ -15,11 +15,21 @@ import optax
 import pytest
 from flax import nnx
 
-from opo_jax import advantages, evaluation, logprobs, losses
-from opo_jax.evaluation import diversity
+from opo_jax import variance
+from opo_jax.config import Config
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXPERIMENTS = sorted((ROOT / "experiments").glob("[a-z]*.py"))
+# Files that name flags and other files; the code does so in docstrings and errors.
+SOURCES = [
+  *PAGES,
+  *(ROOT / "experiments").glob("*.*"),
+  *(ROOT / "launch").iterdir(),
+  *(ROOT / "opo_jax").rglob("*.py"),
+  *(ROOT / "benchmarks").rglob("*.py"),
+  ROOT / "Makefile",
+]
 LOOPS = ("pytrees", "linen", "nnx", "equinox")
 LETTERS, ROWS, MAX_TOKENS = 7, 112, 12
 
@@ -36,9 +46,10 @@ def run(page):
   names, output = {"__name__": page.stem}, io.StringIO()
   with contextlib.redirect_stdout(output):
     for line, language, code in blocks(page):
+      where = f"{page.name}, line {line}"
+      assert language in ("python", "text", "sh"), where  # else it would not be run
       if language != "python":
         continue
-      where = f"{page.name}, line {line}"
       if ">>>" in code:
         test = doctest.DocTestParser().get_doctest(code, names, where, where, line)
         report = io.StringIO()
@@ -76,33 +87,114 @@ def test_a_page_with_a_broken_block_fails(tmp_path, code, error):
     run(page)
 
 
-def test_a_block_knows_the_names_of_those_above_it(tmp_path):
-  page = tmp_path / "page.md"
-  page.write_text("```python\nx = 1\n```\n\n```python\n>>> x + 1\n2\n>>> y = 3\n```\n")
-  assert run(page)[0]["y"] == 3
+def test_links_lead_to_files_and_headings():
+  lost = []
+  for page in [*PAGES, ROOT / "experiments" / "README.md"]:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+      if target.startswith("http"):
+        continue
+      file, _, heading = target.partition("#")
+      linked = page.parent / file if file else page
+      if not linked.exists() or (heading and heading not in slugs(linked)):
+        lost.append(f"{page.name}: {target}")
+  assert not lost
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_code_on_a_page_is_short_and_of_a_language_that_is_run(page):
-  for line, language, code in blocks(page):
-    assert language in ("python", "text", "sh"), f"{page.name}, line {line}"
-    lines = [text for text in code.splitlines() if text.strip()]
-    assert len(lines) < 40, f"{page.name}, line {line}: {len(lines)} lines"
-    assert max(map(len, lines)) <= 88, f"{page.name}, line {line}"
+def slugs(page):
+  """The anchors of a page's headings, as GitHub makes them."""
+  titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+  return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_lead_to_files_and_headings(page):
-  for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
-    if target.startswith("http"):
-      continue
-    file, _, heading = target.partition("#")
-    linked = page.parent / file if file else page
-    assert linked.exists(), target
-    if heading:
-      titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.M)
-      slugs = {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
-      assert heading in slugs, target
+def test_every_source_file_that_is_named_exists():
+  """Named with its folder: opo_jax/losses.py, rewards/pool.py, tests/losses_test.py."""
+  lost = set()
+  for path in filter(pathlib.Path.is_file, SOURCES):
+    for name in re.findall(r"(?<![\w/.-])(?:\w+/)+[a-z]\w*\.py\b", path.read_text()):
+      if not any((base / name).exists() for base in (ROOT, ROOT / "opo_jax")):
+        lost.add(f"{path.relative_to(ROOT)}: {name}")
+  assert not lost
+
+
+def test_every_experiment_has_its_row():
+  page = (ROOT / "experiments" / "README.md").read_text()
+  rows = re.findall(r"^\| `(\w+)` \|", page, re.M)
+  assert sorted(rows) == [path.stem for path in EXPERIMENTS]
+
+
+# --- flags ---------------------------------------------------------------------------
+
+# What `python -m opo_jax` takes besides, by command.
+OWN = re.findall(r'"(--[a-z-]+)"', (ROOT / "opo_jax" / "__main__.py").read_text())
+
+
+def flags(settings, prefix="--"):
+  """Every flag over the fields of a dataclass, as tyro spells it."""
+  names = set()
+  for field in dataclasses.fields(settings):
+    name = field.name.replace("_", "-")
+    if dataclasses.is_dataclass(field.type):
+      names |= flags(field.type, f"{prefix}{name}.")
+      names.add(f"{prefix}{name}.*")  # all flags of a section, in a sentence
+    else:
+      names.add(f"{prefix}{name}")
+      if field.type is bool:
+        names.add(f"{prefix}no-{name}")
+  return names
+
+
+def unknown_flags(text):
+  """The flags `--section.field` of a text that the config does not have."""
+  text = re.sub(r".*-->.*", "", text)  # the arrows of a diagram
+  named = re.findall(r"(?<![\w-])--[a-z][a-z-]*\.(?:[a-z][a-z0-9-]*|\*)", text)
+  return sorted(set(named) - flags(Config))
+
+
+def unknown_arguments(text):
+  """What the `make` commands of a text name, and neither config nor command has."""
+  experiments = [path.stem for path in EXPERIMENTS]
+  _, *commands = re.split(r"\bmake (?=[a-z])", text.replace("\\\n", " "))
+  for each in commands:
+    line = each.split("\n\n")[0]  # to the next command, or the end of the paragraph
+    command = re.match(r"[a-z-]*", line)[0]
+    for name in re.findall(r"\bEXP=([a-z]\w*)", line):
+      if name not in experiments:
+        yield f"make {command} EXP={name}"
+    known = flags(variance.Settings if command == "variance" else Config)
+    for arguments in re.findall(r'\bARGS="([^"]*)"', line):
+      given = re.findall(r"(?<![\w-])--[\w.-]+", arguments)
+      for flag in sorted(set(given) - known - set(OWN)):
+        yield f"make {command} {flag}"
+
+
+def test_every_flag_that_is_named_exists():
+  wrong = {}
+  for path in filter(pathlib.Path.is_file, SOURCES):
+    text = path.read_text()
+    found = [*unknown_flags(text), *unknown_arguments(text)]
+    if found:
+      wrong[str(path.relative_to(ROOT))] = found
+  assert not wrong
+
+
+def test_a_flag_that_does_not_exist_is_found():
+  text = """
+    # make train EXP=quickstart [RUN=x] [ARGS="--steps 3 --rollout.no-gather-weights"]
+    make train EXP=quickstart ARGS="--rollout.slots 3 \\
+      --prompts 64 --reward.nothing"
+    make variance RUN=x ARGS="--prompts 64 --seeds 3"    # not `--model.shape`
+    make train EXP=none
+    """
+  assert unknown_flags(text) == ["--model.shape", "--reward.nothing"]
+  assert list(unknown_arguments(text)) == [
+    "make train --prompts",
+    "make train --reward.nothing",
+    "make variance --seeds",
+    "make train EXP=none",
+  ]
+
+
+# --- the loops -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -245,20 +337,3 @@ def test_a_step_follows_the_gradient_written_out_row_by_row(name):
   assert max(float(jnp.abs(leaf).max()) for leaf in expected) > 1e-3
   for a, b in zip(got, expected, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-7)  # of a - (a - g)
-
-
-PUBLIC = [
-  function
-  for room in (advantages, losses, logprobs, evaluation, diversity)
-  for name, function in vars(room).items()
-  if inspect.isfunction(function)
-  and function.__module__ == room.__name__
-  and not name.startswith("_")
-]
-
-
-@pytest.mark.parametrize(
-  "function", PUBLIC, ids=lambda f: f"{f.__module__.split('.')[-1]}.{f.__name__}"
-)
-def test_a_public_function_shows_an_example(function):
-  assert ">>>" in (function.__doc__ or "")

@@ -97,7 +97,7 @@ def test_programs_are_kept_in_the_users_cache_unless_a_person_says_otherwise(
 
 def test_a_second_start_compiles_nothing_again_and_says_nothing(tmp_path):
   code = """
-from opo_jax import environment
+from opo_jax.devices import environment
 environment.prepare()
 import jax
 hits = []
@@ -106,7 +106,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 print(float(jax.jit(lambda x: (jax.numpy.sin(x) @ x).sum())(jax.numpy.ones((64, 64)))))
 print(hits.count("/jax/compilation_cache/cache_hits") > 0)
 """
-  cache = {"XDG_CACHE_HOME": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": None}
+  names = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE")
+  cache = {"XDG_CACHE_HOME": str(tmp_path)} | dict.fromkeys(names)
   first, second = python(code, **cache), python(code, **cache)
   assert first.returncode == second.returncode == 0, first.stderr + second.stderr
   assert first.stdout.split()[1:] == ["False"] and second.stdout.split()[1:] == ["True"]

@@ -11,11 +11,13 @@ import pytest
 from experiments import gsm8k_smoke
 from experiments.quickstart import get_config
 from opo_jax import __main__ as command_line
+from opo_jax import build, sft
 from opo_jax.config import Eval, from_dict, to_dict
 from opo_jax.data import arithmetic, sources
 from opo_jax.evaluation import pass_rates, read_responses, summarise
+from opo_jax.evaluation.evaluator import Evaluator
 from opo_jax.run import Run
-from opo_jax.storage.checkpoint import Checkpoints, fingerprint
+from opo_jax.storage.checkpoint import fingerprint
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -45,22 +47,22 @@ def run(tmp_path_factory):
 
 def untrained(config, directory):
   problems = arithmetic.load("train")
-  with Run(config, directory) as made:
-    made.write_head()
-    state = made.parts.start(made.start_policy())
-    stream = sources.ProblemStream(problems, seed=0)
-    with Checkpoints(directory / "checkpoints", keep=2) as checkpoints:
-      for step in (1, 2):
-        policy = jax.tree.map(lambda leaf: 1.5 * leaf, state.policy)
-        state = dataclasses.replace(state, policy=policy, step=jnp.int32(step))
-        made.save(checkpoints, step, state, stream.state())
+  made = Run(config, directory)
+  made.write_head()
+  state = build.make_learner(config, made.mesh).init(sft.start_policy(made))
+  stream = sources.ProblemStream(problems, seed=0)
+  with made.directory.checkpoints() as checkpoints:
+    for step in (1, 2):
+      policy = jax.tree.map(lambda leaf: 1.5 * leaf, state.policy)
+      state = dataclasses.replace(state, policy=policy, step=jnp.int32(step))
+      checkpoints.save_state(step, state, stream.state())
   return directory
 
 
 @pytest.fixture
 def asked(monkeypatch):
   """(first, number of problems) of every call that sampled answers."""
-  calls, respond = [], Run.respond
+  calls, respond = [], Evaluator.respond
 
   def counted(self, policy, benchmark, first=0, last=None):
     if len(calls) == asked.dies_after:
@@ -70,7 +72,7 @@ def asked(monkeypatch):
     return responses
 
   asked.dies_after = None
-  monkeypatch.setattr(Run, "respond", counted)
+  monkeypatch.setattr(Evaluator, "respond", counted)
   asked.calls = calls
   return asked
 

@@ -19,12 +19,16 @@ import pytest
 
 from experiments.quickstart import get_config
 from opo_jax import __main__ as command_line
-from opo_jax import loop, models, sampler
+from opo_jax import build, learner, loop, models, sampler, sft
 from opo_jax.config import Checkpoint, Eval, Record, Reward, Rollout
 from opo_jax.data import arithmetic, prompts, sources
 from opo_jax.data.prompts import Problem
 from opo_jax.rewards import RewardPool
 from opo_jax.run import TOKENIZERS, Run, load_policy
+from opo_jax.sampler import engine
+from opo_jax.scorer import Verifier, VerifierScorer, on_host
+from opo_jax.storage.directory import RunCheckpoints
+from opo_jax.storage.record import Record as RunRecord
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -80,6 +84,32 @@ def timeless(rows):
     {k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))}
     for row in rows
   ]
+
+
+def sampled(run, problems, **options):
+  """A first policy's rollouts, as a scorer reads them."""
+  rollouts = build.make_sampler(run.config).sample(
+    run.init_policy(),
+    run.encode(problems),
+    build.rollout_params(run.config),
+    seed=1,
+    **options,
+  )
+  return on_host(rollouts, run.mesh)
+
+
+def make_scorer(run, verify):
+  """The run's scorer with another function, which runs in this process."""
+  scoring = VerifierScorer(
+    run.config.reward,
+    run.tokenizer,
+    mesh=run.mesh,
+    max_new_tokens=run.config.rollout.max_new_tokens,
+    terminal=run.terminal,
+    verifier=Verifier(verify),
+  )
+  scoring.pool = RewardPool(verify, workers=0, timeout_s=1)
+  return scoring
 
 
 compiled = []  # sampling programs of the run below
@@ -155,11 +185,14 @@ def test_the_sample_command_prints_what_evaluation_would_sample(run, capsys):
   assert run_command("sample", run, "3 + 4", "--eval.temperature=0") == 0
   printed = capsys.readouterr().out.strip()
   made = small_config(eval=Eval(every=2, problems=8, samples=2, temperature=0.0))
-  with Run(made, run) as opened:
-    asked = opened.encode([Problem("", "3 + 4", "")])
-    rollouts = opened.parts.sample(load_policy(opened), asked, made.eval)
-    tokens = np.asarray(rollouts.tokens)[0, : int(rollouts.lengths[0])]
-    assert printed == opened.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+  opened = Run(made, run)
+  prompts = opened.encode([Problem("", "3 + 4", "")])
+  params = dataclasses.replace(build.eval_params(made), samples_per_prompt=1)
+  rollouts = build.make_sampler(made).sample(
+    load_policy(opened), prompts, params, seed=made.seed
+  )
+  tokens = np.asarray(rollouts.tokens)[0, : int(rollouts.lengths[0])]
+  assert printed == opened.tokenizer.decode(tokens, skip_special_tokens=True).strip()
   assert printed
 
 
@@ -205,15 +238,15 @@ def test_a_broken_and_resumed_run_equals_an_unbroken_one(
   run, tmp_path, monkeypatch, broken_after
 ):
   """Broken after a step's lines were written and before its checkpoint was."""
-  write_samples = loop.Record.samples
+  write_samples = RunRecord.samples
 
-  def break_down(self, step, *rest):
-    write_samples(self, step, *rest)
+  def break_down(self, step, responses):
+    write_samples(self, step, responses)
     if step == broken_after:
       raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(loop.Record, "samples", break_down)
+    patch.setattr(RunRecord, "samples", break_down)
     with pytest.raises(KeyboardInterrupt):
       loop.train(small_config(), tmp_path / "run")
   with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
@@ -227,15 +260,15 @@ def test_a_broken_and_resumed_run_equals_an_unbroken_one(
 def test_what_goes_wrong_while_a_step_is_written_stops_the_run(tmp_path, monkeypatch):
   """On its thread; and a checkpoint of a step whose lines are not there is not made."""
 
-  def fail(self, step, *rest):
+  def fail(self, step, responses):
     time.sleep(0.2)  # the next step samples
     raise OSError("disk full")
 
   def save(self, *rest):
     raise AssertionError("a checkpoint before the lines it promises")
 
-  monkeypatch.setattr(loop.Record, "samples", fail)
-  monkeypatch.setattr(Run, "save", save)
+  monkeypatch.setattr(RunRecord, "samples", fail)
+  monkeypatch.setattr(RunCheckpoints, "save_state", save)
   base = small_config(checkpoint=Checkpoint(every=1), eval=Eval(0, problems=1))
   config = dataclasses.replace(base, sft=dataclasses.replace(base.sft, steps=0))
   with pytest.raises(OSError, match="disk full"):
@@ -250,21 +283,23 @@ def test_answers_scored_while_others_are_sampled_earn_what_they_earn_after(
       raise ArithmeticError(f"{len(response)} characters")
     return len(response) + 0.1 * int(reference)
 
-  monkeypatch.setattr(sampler, "MIN_TOKENS_A_LOOK", 2)
+  monkeypatch.setattr(engine, "MIN_TOKENS_A_LOOK", 2)
   base = small_config(reward=Reward(workers=1, max_unscorable_fraction=1.0))
   config = dataclasses.replace(base, rollout=dataclasses.replace(base.rollout, slots=8))
-  asked = [Problem(str(i), "a1b2c3", str(i)) for i in range(8)]
-  with Run(config, tmp_path) as run:
-    run.verifier = RewardPool(measure, workers=0, timeout_s=1)
-    state = run.parts.start(run.parts.init())
-    scoring = run.scoring(asked)
-    rollouts = run.sample(state, asked, 1, scoring=scoring)
-    texts, rewards = run.score(rollouts, asked, scoring)
-    late_texts, late_rewards = run.score(rollouts, asked)
-  assert 8 <= scoring.num_early < 32
-  assert texts == late_texts
-  np.testing.assert_array_equal(rewards, late_rewards)
-  assert len(set(rewards[rewards > 0])) > 1, "the test wants some that are not alike"
+  problems = [Problem(str(i), "a1b2c3", str(i)) for i in range(8)]
+  run = Run(config, tmp_path)
+  with make_scorer(run, measure) as scoring:
+    scoring.begin(problems)
+    rollouts = sampled(run, problems, on_ended=scoring.add)
+    early, num_early = scoring.finish(rollouts), scoring.batch.num_early
+    scoring.begin(problems)
+    late = scoring.finish(rollouts)
+  assert 8 <= num_early < 32
+  assert early.texts == late.texts
+  np.testing.assert_array_equal(early.values, late.values)
+  np.testing.assert_array_equal(early.verified, late.verified)
+  values = early.values
+  assert len(set(values[values > 0])) > 1, "the test wants some that are not alike"
 
 
 def test_another_config_is_refused_and_nothing_is_overwritten(run, capsys):
@@ -286,8 +321,7 @@ def test_evaluation_of_a_run_shows_the_start_policy_beside_it(run, capsys):
 def test_exported_policy_is_the_trained_one(run, tmp_path):
   assert run_command("export", run, tmp_path / "out") == 0
   exported = models.load(tmp_path / "out")
-  with Run(small_config(), run) as parts:
-    trained = load_policy(parts)
+  trained = load_policy(Run(small_config(), run))
   for ours, theirs in zip(
     jax.tree.leaves(trained), jax.tree.leaves(exported), strict=True
   ):
@@ -374,11 +408,11 @@ def test_an_empty_data_set_is_refused(tmp_path, monkeypatch, empty):
 
 
 def test_a_gap_between_sampler_and_learner_is_told(tmp_path, capsys):
-  with Run(small_config(), tmp_path) as run:
-    run.warn_of_gap({"step": 7, "onpolicy/logprob_diff_max": 3e-5})
-    assert capsys.readouterr().out == ""
-    run.warn_of_gap({"step": 8, "onpolicy/logprob_diff_max": 2e-3})
-    assert "step 8" in capsys.readouterr().out
+  run = Run(small_config(), tmp_path)
+  loop._warn_of_gap(run, {"step": 7, "onpolicy/logprob_diff_max": 3e-5})
+  assert capsys.readouterr().out == ""
+  loop._warn_of_gap(run, {"step": 8, "onpolicy/logprob_diff_max": 2e-3})
+  assert "step 8" in capsys.readouterr().out
 
 
 def test_the_logged_learning_rate_is_the_one_of_the_step(tmp_path):
@@ -405,33 +439,88 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
     loop.train(small_config(), tmp_path)
 
 
-def test_unscorable_answers_are_counted_and_stop_the_run_above_a_share(tmp_path):
-  with Run(small_config(), tmp_path) as run:
-    asked = [Problem(str(i), "a1b2c3", "1") for i in range(8)]
-    policy = run.parts.init()
-    state = run.parts.start(policy)
-    rollouts = dataclasses.replace(
-      run.sample(state, asked, 1), finished=jnp.ones(32, bool)
-    )
+def test_unscorable_responses_are_counted_and_stop_the_run_above_a_share(tmp_path):
+  run = Run(small_config(), tmp_path)
+  problems = [Problem(str(i), "a1b2c3", "1") for i in range(8)]
+  rollouts = sampled(run, problems)
+  rollouts = dataclasses.replace(rollouts, finished=np.ones(32, bool))
 
-    def sometimes(response, reference):
-      calls.append(response)
-      if len(calls) % limit == 0:
-        raise ArithmeticError("no such number")
-      return 1.0
+  def sometimes(response, reference):
+    calls.append(response)
+    if len(calls) % limit == 0:
+      raise ArithmeticError("no such number")
+    return 1.0
 
-    run.verifier = RewardPool(sometimes, workers=0, timeout_s=1)
+  with make_scorer(run, sometimes) as scoring:
+
+    def score(rollouts):
+      scoring.begin(problems)
+      return scoring.finish(rollouts)
+
     calls, limit = [], 8
-    _, rewards = run.score(rollouts, asked)
-    assert np.isnan(rewards).sum() == 4 and (rewards[~np.isnan(rewards)] == 1).all()
+    rewards = score(rollouts)
+    scorable = ~np.isnan(rewards.verified)
+    assert (~scorable).sum() == 4 and (rewards.verified[scorable] == 1).all()
+    assert rewards.metrics["reward/unscorable_fraction"] == 4 / 32
     calls, limit = [], 3
     with pytest.raises(RuntimeError, match="no such number"):
-      run.score(rollouts, asked)
-    # One of 32 that ended, and it cannot be scored: the cut-off ones count, too.
+      score(rollouts)
+    # One of 32 that ended, and it cannot be scored: truncated rows count in the share.
     calls, limit = [], 1
-    one = dataclasses.replace(rollouts, finished=jnp.arange(32) == 5)
-    _, rewards = run.score(one, asked)
-    assert np.flatnonzero(np.isnan(rewards)).tolist() == [5] and len(calls) == 1
+    one = dataclasses.replace(rollouts, finished=np.arange(32) == 5)
+    verified = score(one).verified
+    assert np.flatnonzero(np.isnan(verified)).tolist() == [5] and len(calls) == 1
+
+
+# --- parts of a user's own ------------------------------------------------------------
+
+
+class ForeignSampler:
+  """An engine of somebody else: draws a digit per response from its own generator."""
+
+  def sample(self, policy, prompts, params, *, seed, first_prompt=0, version=-1,
+             on_ended=None):  # fmt: skip
+    G, K, T = len(prompts), params.samples_per_prompt, params.max_new_tokens
+    digits = np.random.default_rng(seed).integers(5, 10, (G * K, 1)).tolist()
+    rollouts = sft.as_rollouts(
+      [prompt for prompt in prompts for _ in range(K)],
+      [[*digit, 1] for digit in digits],
+      [True] * (G * K),
+      max_new_tokens=T,
+    )
+    rollouts = dataclasses.replace(
+      rollouts,
+      prompts=rollouts.prompts[::K],
+      prompt_lengths=rollouts.prompt_lengths[::K],
+      prompt_ids=jnp.repeat(jnp.arange(G), K),
+      version=jnp.int32(version),
+    )
+    logprobs = learner.response_logprobs(policy, rollouts)
+    return dataclasses.replace(rollouts, logprobs=logprobs, sampling_logprobs=logprobs)
+
+
+def test_the_loop_runs_with_a_foreign_sampler(tmp_path):
+  base = small_config(steps=2, eval=Eval(every=2, problems=8, samples=2))
+  config = dataclasses.replace(base, sft=dataclasses.replace(base.sft, steps=0))
+  assert loop.train(config, tmp_path / "run", sampler=ForeignSampler())
+  rows = lines(tmp_path / "run" / "metrics.jsonl")
+  assert [row["step"] for row in rows] == [0, 1, 2]
+  for row in rows[1:]:
+    assert row["response_length/mean"] == 2 and row["rollout/tokens"] == 64
+    assert row["onpolicy/logprob_diff_max"] < 1e-5
+  assert all(len(row["response"]) == 1 for row in lines(tmp_path / "run/samples.jsonl"))
+
+
+def test_groups_of_another_size_are_refused(tmp_path):
+  class Merging(ForeignSampler):
+    def sample(self, *arguments, **options):
+      rollouts = super().sample(*arguments, **options)
+      return dataclasses.replace(rollouts, prompt_ids=rollouts.prompt_ids // 2)
+
+  base = small_config(steps=1, eval=Eval(every=0, problems=8, samples=2))
+  config = dataclasses.replace(base, sft=dataclasses.replace(base.sft, steps=0))
+  with pytest.raises(ValueError, match=r"groups of \[8, 8, 8, 8, 0.*needs 4"):
+    loop.train(config, tmp_path / "run", sampler=Merging())
 
 
 # --- whole processes ------------------------------------------------------------------

@@ -14,14 +14,14 @@ from safetensors.numpy import load_file
 
 from experiments import lora_quickstart
 from opo_jax import __main__ as command_line
-from opo_jax import build, commands, loop, models, sampler
-from opo_jax import learner as trainer
-from opo_jax import run as run_room
-from opo_jax.advantages import ESTIMATORS
-from opo_jax.config import Checkpoint, Config, Eval, Record, Reward, Rollout, Sft
+from opo_jax import build, learner, loop, models, sampler, variance
+from opo_jax.commands.export import export
+from opo_jax.commands.variance import measure_variance
+from opo_jax.config import SFT, Checkpoint, Config, Eval, Record, Reward, Rollout
 from opo_jax.devices import sharding
 from opo_jax.models import ModelConfig, Policy, lora
 from opo_jax.run import Run, load_policy
+from opo_jax.scorer import VERIFIERS, Verifier
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -40,12 +40,7 @@ RANK, ALPHA = 3, 5.0
 TARGETS = ("q_proj", "value", "o_proj", "down")
 PROMPTS = [list(range(3, 4 + i)) for i in range(8)]
 SGD = optax.sgd(1.0)
-ALGORITHM = trainer.Algorithm(
-  ESTIMATORS["opo"],
-  trainer.OBJECTIVES["policy_gradient"],
-  split=lora.split,
-  join=lora.join,
-)
+ALGORITHM = learner.Algorithm()
 
 
 @functools.cache
@@ -190,15 +185,16 @@ def batch():
 
 def make_state(policy, optimizer=SGD):
   opt_state = optimizer.init(lora.split(policy)[0])
-  return trainer.TrainState(policy, opt_state, sharding.put(np.int32(0), policy.mesh))
+  return learner.TrainState(policy, opt_state, sharding.put(np.int32(0), policy.mesh))
 
 
 def gradient(update, policy):
   """Of what is trained, by a step of SGD; and the new state."""
   before = jax.tree.map(np.array, lora.split(policy)[0])
-  state, metrics, _ = update(make_state(policy), *batch(), jnp.ones(32, bool))
+  state, metrics = update.update(make_state(policy), *batch())
   after, _ = lora.split(state.policy)
-  return jax.tree.map(lambda a, b: a - np.asarray(b), before, after), state, metrics
+  gradient = jax.tree.map(lambda a, b: a - np.asarray(b), before, after)
+  return gradient, state, metrics.scalars
 
 
 def assert_same(actual, expected, tolerance=2e-5):
@@ -209,12 +205,12 @@ def assert_same(actual, expected, tolerance=2e-5):
 
 @functools.cache
 def one_update():
-  return trainer.Update(ALGORITHM, SGD)
+  return learner.PolicyGradientLearner(ALGORITHM, SGD)
 
 
 @functools.cache
 def full_update():
-  return trainer.Update(ALGORITHM, SGD)
+  return learner.PolicyGradientLearner(ALGORITHM, SGD)
 
 
 @pytest.mark.parametrize("seed", [2, 6])
@@ -250,7 +246,9 @@ def test_an_update_shares_the_base_and_takes_the_memory_of_the_adapters():
 def test_gradient_does_not_depend_on_the_mesh_and_adapters_lie_as_their_kernels_do():
   mesh = sharding.make_mesh(2, 2, 2)
   policy = make_adapted(make_base(mesh))
-  on_mesh, state, metrics = gradient(trainer.Update(ALGORITHM, SGD), policy)
+  on_mesh, state, metrics = gradient(
+    learner.PolicyGradientLearner(ALGORITHM, SGD), policy
+  )
   alone, _, _ = gradient(one_update(), make_adapted(make_base()))
   assert_same(on_mesh, alone)
   assert metrics["onpolicy/logprob_diff_max"] < 1e-5
@@ -265,10 +263,10 @@ def test_gradient_does_not_depend_on_the_mesh_and_adapters_lie_as_their_kernels_
 def test_sampler_and_learner_use_the_same_adapted_weights():
   rollouts, _ = batch()
   policy = make_adapted(make_base())
-  learners = trainer.response_logprobs(policy, rollouts)
+  learners = learner.response_logprobs(policy, rollouts)
   # Rounding; and the base, which a sampler that forgot the adapters would use, is far.
   assert np.abs(learners - rollouts.logprobs).max() < 1e-5
-  of_base = trainer.response_logprobs(lora.without(policy), rollouts)
+  of_base = learner.response_logprobs(lora.without(policy), rollouts)
   assert np.abs(of_base - rollouts.logprobs).max() > 0.1
 
 
@@ -296,7 +294,7 @@ def small_config(**changes):
     model=dataclasses.replace(
       base.model, width=32, mlp_width=48, lora_targets="query,down_proj", lora_rank=2
     ),
-    sft=Sft(steps=1, batch_size=8),
+    sft=SFT(steps=1, batch_size=8),
     rollout=Rollout(prompts_per_step=8, group_size=4, max_new_tokens=6),
     reward=Reward(truncated="scored"),
     eval=Eval(every=0, problems=8, samples=1),
@@ -317,7 +315,7 @@ def odd_lengths_are_right():
   """A reward that a policy which has learnt nothing earns half of the time."""
   with pytest.MonkeyPatch.context() as patch:
     reward = lambda response, reference: float(len(response) % 2)  # noqa: E731
-    patch.setitem(run_room.VERIFIERS, "arithmetic", reward)
+    patch.setitem(VERIFIERS, "arithmetic", Verifier(reward))
     yield
 
 
@@ -363,8 +361,9 @@ def test_checkpoints_hold_the_adapters_and_their_optimiser_state_alone(run):
     assert sum(f"{part}{matrix}" in name for name in names for matrix in matrices) == 4
   counters = {name for name in names if name.endswith(("step", "count"))}
   assert len(names - counters) == 3 * 4
-  with Run(small_config(), run) as parts:
-    start, trained = parts.load_start(), load_policy(parts)
+  opened = Run(small_config(), run)
+  start = opened.directory.load_start(opened.abstract_policy)
+  trained = load_policy(opened)
   assert not dict(lora.adapters(start))
   assert set(dict(lora.adapters(trained))) == {"query", "down"}
   for name, adapter in lora.adapters(trained):
@@ -417,16 +416,14 @@ def test_exported_adapter_has_pefts_names_and_shapes_and_its_base_beside_it(
 
 def test_what_needs_adapters_or_cannot_have_them_is_refused(run, tmp_path):
   with pytest.raises(ValueError, match="trained every parameter"):
-    commands.export(Config(), tmp_path, tmp_path / "out", adapter_alone=True)
+    export(Config(), tmp_path, tmp_path / "out", adapter_alone=True)
   with pytest.raises(ValueError, match="no adapters; write it whole"):
     models.save_adapter(make_base(), tmp_path / "out", base="")
   with pytest.raises(ValueError, match="trained adapters"):
-    commands.measure_variance(
-      small_config(), run, None, steps=(), prompts=1, samples=2, seed=0
-    )
+    measure_variance(small_config(), run, variance.Settings())
   model = dataclasses.replace(small_config().model, lora_targets="querry")
   with pytest.raises(ValueError, match="did you mean query"):
-    build.build(small_config(model=model), eos_ids=(), vocab_size=32)
+    build.add_adapters(small_config(model=model), make_base())
 
 
 def test_a_lora_param_is_a_param():

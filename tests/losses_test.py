@@ -1,4 +1,8 @@
-"""Losses: one scalar, whatever is behind the mask and however the step is split."""
+"""Losses: one scalar, whatever is behind the mask and however the step is split.
+
+All objectives and aggregations are one compiled program (`results`), which most tests
+call with arrays of the same shapes: an operation outside of `jit` compiles by itself.
+"""
 
 import functools
 import itertools
@@ -23,7 +27,68 @@ EPS = float(jnp.finfo(jnp.float32).eps)
 TOLERANCE = dict(rtol=1e-6, atol=1e-6)
 
 AGGREGATIONS = [how for how in losses.AGGREGATIONS if how != "constant"]
-aggregations = pytest.mark.parametrize("how", AGGREGATIONS)
+OBJECTIVES = {
+  "policy_gradient": lambda logprobs, old, *args, **kwargs: losses.policy_gradient(
+    logprobs, *args, **kwargs
+  ),
+  "ppo_clip": losses.ppo_clip,
+  # Bounds that cut some of the rows below, and not all.
+  "gspo": functools.partial(losses.gspo, clip_low=0.05, clip_high=0.1),
+  "cispo": functools.partial(losses.cispo, clip_low=0.2, clip_high=0.1),
+}
+RATIO_OBJECTIVES = ("ppo_clip", "gspo", "cispo")
+PAIRS = tuple(itertools.product(OBJECTIVES, losses.AGGREGATIONS))
+ROWS_TIMES_LONGEST = {"constant": 17.0}
+
+
+def value_and_grad(loss, **options):
+  return jax.jit(jax.value_and_grad(loss, **options))
+
+
+@functools.partial(jax.jit, static_argnames="pairs")
+def results(
+  logprobs, old, advantages, mask, *, normalizers=None, pairs=PAIRS, **options
+):
+  """{(objective, aggregation): (loss, gradient by logprobs, aux)}."""
+  normalizers = ROWS_TIMES_LONGEST | (normalizers or {})
+
+  def result(objective, how):
+    options_ = options | dict(aggregation=how, normalizer=normalizers.get(how))
+
+    def loss(logprobs):
+      return OBJECTIVES[objective](logprobs, old, advantages, mask, **options_)
+
+    (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(logprobs)
+    return value, gradient, aux
+
+  return {pair: result(*pair) for pair in pairs}
+
+
+@jax.jit
+def aggregates(values, mask, normalizers=None, segment_ids=None):
+  """{aggregation: scalar}."""
+  return {
+    how: losses.aggregate(
+      values,
+      mask,
+      how,
+      normalizer=normalizers and normalizers[how],
+      segment_ids=segment_ids,
+    )
+    for how in AGGREGATIONS
+  }
+
+
+@jax.jit
+def step_normalizers(mask, segment_ids=None):
+  return {
+    how: losses.step_normalizer(mask, how, segment_ids=segment_ids)
+    for how in AGGREGATIONS
+  }
+
+
+def assert_close(actual, expected):
+  np.testing.assert_allclose(actual, expected, **TOLERANCE)
 
 
 def normal(seed, shape=(NUM_ROWS, NUM_TOKENS)):
@@ -50,19 +115,15 @@ def reference_aggregate(values, mask, how, normalizer):
 # --- Aggregation ---
 
 
-@pytest.mark.parametrize(
-  ("how", "expected"),
-  [
-    # rows [1 2 6], [4], []: sums 9, 4, 0; means 3, 4; 4 tokens, 2 rows with a token
-    ("token_mean", 13 / 4),
-    ("sequence_mean_token_sum", 13 / 2),
-    ("sequence_mean_token_mean", 7 / 2),
-  ],
-)
-def test_aggregation_by_hand(how, expected):
-  nan = jnp.nan
-  values = jnp.array([[1.0, 2, 6, nan], [nan, 4, nan, nan], [nan, nan, nan, nan]])
-  assert float(losses.aggregate(values, ~jnp.isnan(values), how)) == expected
+def test_aggregation_by_hand():
+  # rows [1 2 6], [4], []: sums 9, 4, 0; means 3, 4; 4 tokens, 2 rows with a token
+  nan = np.nan
+  values = np.array([[1.0, 2, 6, nan], [nan, 4, nan, nan], [nan, nan, nan, nan]])
+  assert aggregates(values, ~np.isnan(values)) == {
+    "token_mean": 13 / 4,
+    "sequence_mean_token_sum": 13 / 2,
+    "sequence_mean_token_mean": 7 / 2,
+  }
 
 
 def test_constant_aggregation_divides_by_what_it_is_given():
@@ -73,48 +134,47 @@ def test_constant_aggregation_divides_by_what_it_is_given():
     losses.aggregate(values, mask, "constant")
 
 
-@aggregations
-def test_aggregation_equals_numpy_in_float64(how):
-  normalizer = MASK.sum() if how == "token_mean" else MASK.any(-1).sum()
-  expected = reference_aggregate(normal(0), MASK, how, normalizer)
-  result = losses.aggregate(behind_the_mask(normal(0)), MASK, how)
-  np.testing.assert_allclose(result, expected, **TOLERANCE)
-  assert float(losses.step_normalizer(MASK, how)) == normalizer
+def test_aggregation_equals_numpy_in_float64(subtests):
+  found = aggregates(behind_the_mask(normal(0)), MASK)
+  denominators = step_normalizers(MASK)
+  for how in AGGREGATIONS:
+    with subtests.test(how):
+      normalizer = MASK.sum() if how == "token_mean" else MASK.any(-1).sum()
+      expected = reference_aggregate(normal(0), MASK, how, normalizer)
+      assert_close(found[how], expected)
+      assert denominators[how] == normalizer
 
 
-@aggregations
-def test_empty_mask_gives_zero_and_a_zero_gradient(how):
-  def aggregate(values):
-    return losses.aggregate(values, jnp.zeros_like(MASK), how)
+def test_empty_mask_gives_zero_and_a_zero_gradient(subtests):
+  empty, nan = np.zeros_like(MASK), np.full(MASK.shape, np.nan, np.float32)
+  for how, value in aggregates(nan, empty).items():
+    with subtests.test(how):
+      assert value == 0
+  for pair, (loss, gradient, _) in results(nan, nan, nan, empty).items():
+    with subtests.test(str(pair)):
+      assert loss == 0 and not gradient.any()
 
-  loss, grads = jax.value_and_grad(aggregate)(jnp.full(MASK.shape, jnp.nan))
-  assert float(loss) == 0.0
-  assert not np.any(grads)
 
-
-@aggregations
-def test_columns_and_rows_of_padding_change_nothing(how):
+def test_columns_and_rows_of_padding_change_nothing(subtests):
   padded_mask = np.pad(MASK, ((0, 2), (0, 3)))
   padded = np.pad(normal(0), ((0, 2), (0, 3)), constant_values=np.inf)
-  np.testing.assert_allclose(
-    losses.aggregate(padded, padded_mask, how),
-    losses.aggregate(normal(0), MASK, how),
-    **TOLERANCE,
-  )
+  expected = aggregates(normal(0), MASK)
+  for how, value in aggregates(padded, padded_mask).items():
+    with subtests.test(how):
+      assert_close(value, expected[how])
 
 
-@aggregations
 @settings(max_examples=15, deadline=None)
 @given(order=st.permutations(range(NUM_ROWS)), cuts=st.sets(st.integers(1, 5)))
-def test_micro_batches_add_up_to_the_step_however_it_is_split(how, order, cuts):
+def test_micro_batches_add_up_to_the_step_however_it_is_split(order, cuts):
   values, mask = normal(0)[order], MASK[order]
-  normalizer = losses.step_normalizer(MASK, how)
-  edges = [0, *sorted(cuts), NUM_ROWS]
-  total = sum(
-    losses.aggregate(values[start:stop], mask[start:stop], how, normalizer=normalizer)
-    for start, stop in itertools.pairwise(edges)
-  )
-  np.testing.assert_allclose(total, losses.aggregate(normal(0), MASK, how), **TOLERANCE)
+  normalizers = step_normalizers(MASK)
+  parts = [
+    aggregates(values[start:stop], mask[start:stop], normalizers)
+    for start, stop in itertools.pairwise([0, *sorted(cuts), NUM_ROWS])
+  ]
+  for how, expected in aggregates(normal(0), MASK).items():
+    assert_close(sum(part[how] for part in parts), expected)
 
 
 def test_token_mean_of_the_step_is_not_the_mean_of_its_parts():
@@ -133,37 +193,36 @@ def test_token_mean_of_the_step_is_not_the_mean_of_its_parts():
   assert own == pytest.approx(1.1 / 3, rel=1e-6)
 
 
-OBJECTIVES = {
-  "policy_gradient": lambda logprobs, old, *args, **kwargs: losses.policy_gradient(
-    logprobs, *args, **kwargs
-  ),
-  "ppo_clip": losses.ppo_clip,
-  # Bounds that cut some of the rows below, and not all.
-  "gspo": functools.partial(losses.gspo, clip_low=0.05, clip_high=0.1),
-  "cispo": functools.partial(losses.cispo, clip_low=0.2, clip_high=0.1),
-}
-objectives = pytest.mark.parametrize("objective", sorted(OBJECTIVES))
-ratio_objectives = pytest.mark.parametrize("objective", ["ppo_clip", "gspo", "cispo"])
+@jax.jit
+def shared_gradients(weight, noise, old, advantages, mask, normalizers=None):
+  """{pair: gradient} by a parameter in which the rows of all parts meet."""
+  normalizers = ROWS_TIMES_LONGEST | (normalizers or {})
+
+  def gradient(objective, how):
+    def loss(weight):
+      logprobs = old + 0.3 * jnp.tanh(weight * noise)
+      kwargs = dict(aggregation=how, normalizer=normalizers.get(how))
+      return OBJECTIVES[objective](logprobs, old, advantages, mask, **kwargs)[0]
+
+    return jax.grad(loss)(weight)
+
+  return {pair: gradient(*pair) for pair in PAIRS}
 
 
-@objectives
-@aggregations
-def test_gradients_of_micro_batches_add_up_to_the_gradient_of_the_step(objective, how):
-  objective = OBJECTIVES[objective]
+def test_gradients_of_micro_batches_add_up_to_the_gradient_of_the_step(subtests):
+  arrays = normal(3), logprobs_like(1), normal(2, (NUM_ROWS,)), MASK
   weight = normal(9, (NUM_TOKENS,))
-  old, advantages = logprobs_like(1), normal(2, (NUM_ROWS,))
-  normalizer = losses.step_normalizer(MASK, how)
-
-  def loss(weight, rows, normalizer):
-    # A shared parameter, so that rows of different parts meet in one gradient.
-    logprobs = old[rows] + 0.3 * jnp.tanh(weight * normal(3)[rows])
-    args = logprobs, old[rows], advantages[rows], MASK[rows]
-    return objective(*args, aggregation=how, normalizer=normalizer)[0]
-
-  whole = jax.grad(loss)(weight, np.arange(NUM_ROWS), None)
-  parts = np.split(np.random.default_rng(4).permutation(NUM_ROWS), [1, 3])
-  split = sum(jax.grad(loss)(weight, rows, normalizer) for rows in parts)
-  np.testing.assert_allclose(split, whole, **TOLERANCE)
+  whole = shared_gradients(weight, *arrays)
+  normalizers = step_normalizers(MASK)
+  # Of two rows each, of different lengths.
+  parts = [
+    shared_gradients(weight, *(x[rows] for x in arrays), normalizers)
+    for rows in np.split(np.random.default_rng(4).permutation(NUM_ROWS), 3)
+  ]
+  for pair, expected in whole.items():
+    with subtests.test(str(pair)):
+      assert_close(sum(part[pair] for part in parts), expected)
+      assert np.abs(expected).max() > 1e-3
 
 
 # --- Objectives ---
@@ -172,7 +231,7 @@ def test_gradients_of_micro_batches_add_up_to_the_gradient_of_the_step(objective
 def test_policy_gradient_by_hand():
   # -(2 * (-1 - 3) + -1 * -0.5) / 3 = 7.5 / 3, and its gradient is -A / 3.
   logprobs, mask = jnp.array([[-1.0, -3.0], [-0.5, -7.0]]), jnp.array([[1, 1], [1, 0]])
-  loss, grads = jax.value_and_grad(
+  loss, grads = value_and_grad(
     lambda logprobs: losses.policy_gradient(logprobs, jnp.array([2.0, -1.0]), mask)[0]
   )(logprobs)
   assert float(loss) == pytest.approx(2.5, rel=EPS)
@@ -191,7 +250,7 @@ def test_ppo_clip_by_hand():
   def loss(logprobs):
     return losses.ppo_clip(logprobs, old, advantages, mask, clip_low=0.2, clip_high=0.3)
 
-  (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(old + jnp.log(ratio))
+  (value, aux), grads = value_and_grad(loss, has_aux=True)(old + jnp.log(ratio))
   assert float(value) == pytest.approx(-0.15, rel=1e-5)  # exp and log round
   assert aux["clipped"].tolist() == [[False, True, True, False, False, False]]
   np.testing.assert_allclose(aux["ratio"][0], [0.5, 0.5, 1.5, 1.5, 1.25, 1], rtol=1e-5)
@@ -199,42 +258,28 @@ def test_ppo_clip_by_hand():
   np.testing.assert_allclose(grads[0], [-0.1, 0, 0, 0.3, -0.25, 0], atol=1e-6)
 
 
-@ratio_objectives
-@aggregations
-@pytest.mark.parametrize("per_token", [False, True])
-def test_on_policy_ratios_are_1_and_the_gradient_is_that_of_policy_gradient(
-  objective, how, per_token
-):
+def test_on_policy_ratios_are_1_and_the_gradient_is_that_of_policy_gradient(subtests):
   logprobs = logprobs_like(1)
-  advantages = normal(2) if per_token else normal(2, (NUM_ROWS,))
-  kwargs = dict(aggregation=how)
-
-  def clip(x):
-    return OBJECTIVES[objective](x, logprobs, advantages, MASK, **kwargs)
-
-  (_, aux), clip_grads = jax.value_and_grad(clip, has_aux=True)(logprobs)
-  grads = jax.grad(lambda x: losses.policy_gradient(x, advantages, MASK, **kwargs)[0])(
-    logprobs
-  )
-  # At ratio 1 both branches of the minimum are equal: each gives half.
-  np.testing.assert_allclose(clip_grads, grads, rtol=4 * EPS)
-  assert np.abs(grads).max() > 0.05
-  np.testing.assert_array_equal(aux["ratio"], np.ones_like(MASK))
-  assert not np.any(aux["clipped"])
-  assert float(aux["clip_fraction"]) == 0
-  assert float(aux["approx_kl"]) == 0
+  for advantages in (normal(2), normal(2, (NUM_ROWS,))):
+    found = results(logprobs, logprobs, advantages, MASK)
+    for objective, how in itertools.product(RATIO_OBJECTIVES, losses.AGGREGATIONS):
+      with subtests.test(str((objective, how, advantages.shape))):
+        _, clip_grads, aux = found[objective, how]
+        _, grads, _ = found["policy_gradient", how]
+        # At ratio 1 both branches of the minimum are equal: each gives half.
+        np.testing.assert_allclose(clip_grads, grads, rtol=4 * EPS)
+        assert np.abs(grads).max() > 0.05
+        np.testing.assert_array_equal(aux["ratio"], np.ones_like(MASK))
+        assert not np.any(aux["clipped"])
+        assert aux["clip_fraction"] == aux["approx_kl"] == 0
 
 
 def test_dapo_clips_higher_above_than_below():
   # Ratios 1.25, 1.3, 0.75, 0.79 in [0.8, 1.28]: 1.25 + 1.28 - 0.8 + 0.79 = 2.52
   old = jnp.array([[-1.0, -2.0, -3.0, -0.5]])
   logprobs = old + jnp.log(jnp.array([[1.25, 1.3, 0.75, 0.79]]))
-  loss, aux = losses.ppo_clip(
-    logprobs,
-    old,
-    jnp.array([[1.0, 1.0, -1.0, 1.0]]),
-    jnp.ones((1, 4)),
-    clip_high=0.28,
+  loss, aux = jax.jit(functools.partial(losses.ppo_clip, clip_high=0.28))(
+    logprobs, old, jnp.array([[1.0, 1.0, -1.0, 1.0]]), jnp.ones((1, 4))
   )
   assert float(loss) == pytest.approx(-2.52 / 4, rel=1e-5)
   assert aux["clipped"].tolist() == [[False, True, True, False]]
@@ -252,7 +297,7 @@ def test_gspo_by_hand():
     advantages = jnp.array([1.0, 1.0, -1.0])
     return losses.gspo(logprobs, old, advantages, mask, clip_low=0.2, clip_high=0.1)
 
-  (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(old + np.log(ratio))
+  (value, aux), grads = value_and_grad(loss, has_aux=True)(old + np.log(ratio))
   assert float(value) == pytest.approx(-0.4, rel=1e-5)
   expected = [[-1 / 6, -1 / 6, 0], [0, 0, 0], [0.1, 0.1, 0.1]]
   np.testing.assert_allclose(grads, expected, atol=1e-6)
@@ -267,36 +312,37 @@ def test_gspo_clips_as_its_paper_does():
   shift = np.array([5e-4, 3.5e-4, -3.5e-4, -2e-4], np.float32)[:, None]
   old = np.zeros((4, 3), np.float32)
   for advantage, expected in ((1.0, [1, 0, 0, 0]), (-1.0, [0, 0, 1, 0])):
-    _, aux = losses.gspo(old + shift, old, jnp.full(4, advantage), jnp.ones((4, 3)))
+    advantages = np.full(4, advantage, np.float32)
+    _, aux = jax.jit(losses.gspo)(old + shift, old, advantages, np.ones((4, 3)))
     assert aux["clipped"][:, 0].tolist() == [bool(e) for e in expected]
 
 
-@aggregations
-def test_gspo_has_value_and_gradient_of_the_objective_over_sequences(how):
+def test_gspo_has_value_and_gradient_of_the_objective_over_sequences(subtests):
   old, advantages = logprobs_like(1), normal(2, (NUM_ROWS,))
   lengths = np.maximum(MASK.sum(-1), 1)
   # What an aggregation gives a response whose tokens all have one value.
-  share = {
+  shares = {
     "token_mean": MASK.sum(-1) / MASK.sum(),
     "sequence_mean_token_sum": MASK.sum(-1) / MASK.any(-1).sum(),
     "sequence_mean_token_mean": MASK.any(-1) / MASK.any(-1).sum(),
-  }[how]
+  }
 
-  def sequences(logprobs):
+  @value_and_grad
+  def sequences(logprobs, share):
     ratio = jnp.exp(jnp.where(MASK, logprobs - old, 0).sum(-1) / lengths)
     bounded = jnp.clip(ratio, 0.95, 1.1)
     return -(share * jnp.minimum(ratio * advantages, bounded * advantages)).sum()
 
-  def gspo(logprobs):
-    return OBJECTIVES["gspo"](logprobs, old, advantages, MASK, aggregation=how)
-
   logprobs = old + 0.3 * normal(3)
-  expected, expected_grads = jax.value_and_grad(sequences)(logprobs)
-  (loss, aux), grads = jax.value_and_grad(gspo, has_aux=True)(logprobs)
-  np.testing.assert_allclose(loss, expected, **TOLERANCE)
-  np.testing.assert_allclose(grads, expected_grads, **TOLERANCE)
-  clipped = np.asarray(aux["clipped"])[MASK]
-  assert clipped.any() and not clipped.all()
+  found = results(logprobs, old, advantages, MASK)
+  for how, share in shares.items():
+    with subtests.test(how):
+      expected, expected_grads = sequences(logprobs, share)
+      loss, grads, aux = found["gspo", how]
+      assert_close(loss, expected)
+      assert_close(grads, expected_grads)
+      clipped = np.asarray(aux["clipped"])[MASK]
+      assert clipped.any() and not clipped.all()
 
 
 def test_cispo_by_hand():
@@ -310,12 +356,14 @@ def test_cispo_by_hand():
   def loss(logprobs):
     return losses.cispo(logprobs, old, jnp.array([2.0, -1.0]), mask)
 
-  (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(logprobs)
+  (value, aux), grads = value_and_grad(loss, has_aux=True)(logprobs)
   assert float(value) == pytest.approx(2 / 3, rel=1e-5)
   np.testing.assert_allclose(grads, [[-1 / 3, -2 / 3], [5 / 3, 0]], rtol=1e-5)
   assert aux["clipped"].tolist() == [[False, False], [True, False]]
   # Bounded below, too: 0.8 instead of 0.5.
-  bounded, _ = losses.cispo(logprobs, old, jnp.array([2.0, -1.0]), mask, clip_low=0.2)
+  bounded, _ = jax.jit(functools.partial(losses.cispo, clip_low=0.2))(
+    logprobs, old, jnp.array([2.0, -1.0]), mask
+  )
   assert float(bounded) == pytest.approx(2 / 3 + 2 * 0.3 * 3 / 3, rel=1e-5)
 
 
@@ -325,29 +373,33 @@ def test_measures_of_the_ratio_by_hand():
   old = jnp.array([[-1.0, -2.0, -7.0]])
   logprobs = old + jnp.log(jnp.array([[2.0, 1.0, 3.0]]))
   mask = jnp.array([[1, 1, 0]])
-  kwargs = dict(entropy=jnp.array([[1.0, 4.0, jnp.nan]]))
-  for objective in (losses.ppo_clip, losses.gspo, losses.cispo):
-    _, aux = objective(logprobs, old, jnp.ones(1), mask, **kwargs)
-    assert float(aux["approx_kl"]) == pytest.approx((1 - np.log(2)) / 2, rel=1e-5)
-    assert float(aux["entropy"]) == 2.5
-  _, aux = losses.ppo_clip(logprobs, old, jnp.ones(1), mask)
-  assert float(aux["clip_fraction"]) == 0.5  # 2 is cut, 1 is not
-  _, aux = losses.policy_gradient(logprobs, jnp.ones(1), mask, **kwargs)
-  assert float(aux["entropy"]) == 2.5
+
+  @jax.jit
+  def measured(entropy):
+    return {
+      name: objective(logprobs, old, jnp.ones(1), mask, entropy=entropy)[1]
+      for name, objective in OBJECTIVES.items()
+    } | {"defaults": losses.ppo_clip(logprobs, old, jnp.ones(1), mask)[1]}
+
+  found = measured(jnp.array([[1.0, 4.0, jnp.nan]]))
+  for name in RATIO_OBJECTIVES:
+    assert float(found[name]["approx_kl"]) == pytest.approx(
+      (1 - np.log(2)) / 2, rel=1e-5
+    )
+  assert all(found[name]["entropy"] == 2.5 for name in OBJECTIVES)
+  assert found["defaults"]["clip_fraction"] == 0.5  # 2 is cut, 1 is not
 
 
-@objectives
-def test_ratio_that_overflows_has_a_finite_gradient(objective):
+def test_ratio_that_overflows_has_a_finite_gradient(subtests):
   # exp(100) is infinity, and 0 * infinity in the gradient of a loss that is finite.
-  logprobs = jnp.zeros((1, 2))
-  old = jnp.array([[-100.0, -0.5]])
-
-  def loss(x):
-    return OBJECTIVES[objective](x, old, jnp.ones(1), jnp.ones((1, 2)))
-
-  (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(logprobs)
-  assert np.isfinite(value) and np.isfinite(grads).all()
-  assert all(np.isfinite(measured).all() for measured in aux.values())
+  logprobs = np.zeros(MASK.shape, np.float32)
+  old = logprobs - np.float32(0.5)
+  old[0, 0] = -100.0
+  ones = np.ones(NUM_ROWS, np.float32)
+  for pair, (value, grads, aux) in results(logprobs, old, ones, MASK).items():
+    with subtests.test(str(pair)):
+      assert np.isfinite(value) and np.isfinite(grads).all()
+      assert all(np.isfinite(measured).all() for measured in aux.values())
 
 
 # --- Truncated importance sampling ---
@@ -357,40 +409,52 @@ def test_truncated_importance_by_hand():
   # Ratios 0.5, 1.5, 4 with a cap of 2; behind the mask 1; constants.
   learner, mask = jnp.array([[-1.0, -2.0, -3.0, jnp.nan]]), jnp.array([[1, 1, 1, 0]])
   sampler = learner - jnp.log(jnp.array([[0.5, 1.5, 4.0, 9.0]]))
-  weights = losses.truncated_importance(learner, sampler, mask)
-  np.testing.assert_allclose(weights, [[0.5, 1.5, 2.0, 1.0]], rtol=1e-5)
-  weights = losses.truncated_importance(learner, sampler, mask, cap=0.75)
-  np.testing.assert_allclose(weights, [[0.5, 0.75, 0.75, 1.0]], rtol=1e-5)
-  grads = jax.grad(
-    lambda x, y: losses.truncated_importance(x, y, mask).sum(), argnums=(0, 1)
-  )(learner, sampler)
+
+  @jax.jit
+  def weights(cap=2.0):
+    def total(learner, sampler):
+      weights = losses.truncated_importance(learner, sampler, mask, cap=cap)
+      return weights.sum(), weights
+
+    grads, weights = jax.grad(total, argnums=(0, 1), has_aux=True)(learner, sampler)
+    return weights, grads
+
+  found, grads = weights()
+  np.testing.assert_allclose(found, [[0.5, 1.5, 2.0, 1.0]], rtol=1e-5)
   assert not any(np.any(g) for g in grads)
+  np.testing.assert_allclose(weights(0.75)[0], [[0.5, 0.75, 0.75, 1.0]], rtol=1e-5)
+  default = jax.jit(losses.truncated_importance)(learner, sampler, mask)
+  np.testing.assert_array_equal(default, found)
 
 
-@objectives
-def test_importance_weights_scale_each_token_of_every_loss(objective):
+def test_importance_weights_scale_each_token_of_every_loss(subtests):
   old, advantages = logprobs_like(1), normal(2, (NUM_ROWS,))
-  weights = losses.truncated_importance(old, logprobs_like(4), MASK)
-
-  def grads(advantages, **kwargs):
-    return jax.grad(
-      lambda x: OBJECTIVES[objective](x, old, advantages, MASK, **kwargs)[0]
-    )(old + 0.3 * normal(3))
-
-  expected = grads(advantages[:, None] * weights)
-  weighed = grads(advantages, importance_weights=behind_the_mask(weights))
-  np.testing.assert_allclose(weighed, expected, **TOLERANCE)
-  assert np.abs(expected - grads(advantages)).max() > 1e-3
+  weights = jax.jit(losses.truncated_importance)(old, logprobs_like(4), MASK)
+  logprobs = old + 0.3 * normal(3)
+  plain = results(logprobs, old, advantages, MASK)
+  expected = results(logprobs, old, advantages[:, None] * np.asarray(weights), MASK)
+  weighted = results(
+    logprobs, old, advantages, MASK, importance_weights=behind_the_mask(weights)
+  )
+  for pair, (_, grads, _) in weighted.items():
+    with subtests.test(str(pair)):
+      assert_close(grads, expected[pair][1])
+      assert np.abs(grads - plain[pair][1]).max() > 1e-3
 
 
 def test_cispo_bounded_above_is_policy_gradient_with_truncated_importance():
   old, advantages = logprobs_like(1), normal(2, (NUM_ROWS,))
-  weights = losses.truncated_importance(logprobs_like(3), old, MASK, cap=1.5)
-  plain = losses.policy_gradient(
-    logprobs_like(3), advantages, MASK, importance_weights=weights
-  )[0]
-  cispo = losses.cispo(logprobs_like(3), old, advantages, MASK, clip_high=0.5)[0]
-  np.testing.assert_allclose(cispo, plain, **TOLERANCE)
+
+  @jax.jit
+  def both(logprobs, old):
+    weights = losses.truncated_importance(logprobs, old, MASK, cap=1.5)
+    plain, _ = losses.policy_gradient(
+      logprobs, advantages, MASK, importance_weights=weights
+    )
+    return plain, losses.cispo(logprobs, old, advantages, MASK, clip_high=0.5)[0]
+
+  plain, cispo = both(logprobs_like(3), old)
+  assert_close(cispo, plain)
 
 
 # --- Packing ---
@@ -412,42 +476,29 @@ SEGMENTS = pack(np.array([[PLACES.get(i, [0] * 4)[2]] * 5 for i in range(6)]), 0
 PACKED_MASK = pack(MASK, False)
 
 
-@objectives
-@pytest.mark.parametrize("how", losses.AGGREGATIONS)
-def test_packed_rows_equal_rows_of_their_own(objective, how):
-  objective = functools.partial(OBJECTIVES[objective], aggregation=how)
-  kwargs = dict(normalizer=17.0) if how == "constant" else {}
+def test_packed_rows_equal_rows_of_their_own(subtests):
   old, advantages = logprobs_like(1), normal(2, (NUM_ROWS,))
   logprobs = old + 0.3 * normal(3)
-
-  def value_and_grad(logprobs, *args, **kwargs):
-    return jax.jit(  # segment ids are traced
-      lambda x, kwargs: jax.value_and_grad(lambda x: objective(x, *args, **kwargs)[0])(
-        x
-      )
-    )(logprobs, kwargs)
-
-  loss, grads = value_and_grad(logprobs, old, advantages, MASK, **kwargs)
+  expected = results(logprobs, old, advantages, MASK)
   per_token = np.repeat(advantages[:, None], NUM_TOKENS, 1)
-  packed_args = [pack(x, np.nan) for x in (logprobs, old, per_token)]
-  packed_loss, packed_grads = value_and_grad(
-    *packed_args, PACKED_MASK, segment_ids=SEGMENTS, **kwargs
-  )
-  np.testing.assert_allclose(packed_loss, loss, **TOLERANCE)
-  np.testing.assert_allclose(packed_grads, pack(grads, 0.0), **TOLERANCE)
-  if how != "constant":
-    # And in micro-batches of one packed row.
-    whole = losses.step_normalizer(PACKED_MASK, how, segment_ids=SEGMENTS)
-    assert float(whole) == float(losses.step_normalizer(MASK, how))
-    parts = [
-      objective(
-        *(x[i : i + 1] for x in (*packed_args, PACKED_MASK)),
-        normalizer=whole,
-        segment_ids=SEGMENTS[i : i + 1],
-      )[0]
-      for i in range(2)
-    ]
-    np.testing.assert_allclose(sum(parts), loss, **TOLERANCE)
+  arrays = [*(pack(x, np.nan) for x in (logprobs, old, per_token)), PACKED_MASK]
+  packed = results(*arrays, segment_ids=SEGMENTS)
+  # And in micro-batches of one packed row.
+  normalizers = step_normalizers(PACKED_MASK, SEGMENTS)
+  assert normalizers == step_normalizers(MASK)
+  parts = [
+    results(
+      *(x[i : i + 1] for x in arrays),
+      normalizers=normalizers,
+      segment_ids=SEGMENTS[i : i + 1],
+    )
+    for i in range(2)
+  ]
+  for pair, (loss, grads, _) in expected.items():
+    with subtests.test(str(pair)):
+      assert_close(packed[pair][0], loss)
+      assert_close(packed[pair][1], pack(grads, 0.0))
+      assert_close(sum(part[pair][0] for part in parts), loss)
 
 
 def test_packing_without_segment_ids_is_another_loss():
@@ -455,14 +506,13 @@ def test_packing_without_segment_ids_is_another_loss():
   # one.
   values, mask = jnp.array([[1.0, 2, 6, 4]]), jnp.ones((1, 4), bool)
   how, ids = "sequence_mean_token_mean", jnp.array([[1, 1, 1, 2]])
-  assert float(losses.aggregate(values, mask, how, segment_ids=ids)) == 3.5
-  assert float(losses.aggregate(values, mask, how)) == 3.25
+  assert aggregates(values, mask, segment_ids=ids)[how] == 3.5
+  assert aggregates(values, mask)[how] == 3.25
 
 
 def test_segment_0_is_padding_whatever_the_mask_says():
-  values = jnp.array([[1.0, 2, 9]])
-  kwargs = dict(segment_ids=jnp.array([[1, 1, 0]]))
-  assert float(losses.aggregate(values, values > 0, "token_mean", **kwargs)) == 1.5
+  values, ids = jnp.array([[1.0, 2, 9, 4]]), jnp.array([[1, 1, 0, 0]])
+  assert aggregates(values, values > 0, segment_ids=ids)["token_mean"] == 1.5
 
 
 # --- OPO in one call ---
@@ -471,194 +521,199 @@ GROUPS = np.array([1, 0, 1, 0, 2, 1])
 REWARDS = np.array([1.0, 0.5, 0.0, 1.0, 0.75, 0.25], np.float32)
 
 
-@pytest.mark.parametrize("estimator", ["opo", "opo_loo", "grpo"])
-def test_opo_loss_has_the_gradient_of_the_formula(estimator):
-  # d loss / d log pi(y_t) = -A_i / tokens, with A from NumPy for opo.
+@functools.partial(jax.jit, static_argnames=("num_groups", "estimator", "aggregation"))
+def opo_loss(logprobs, rewards, mask, group_ids, *, num_groups, **options):
+  """(loss, gradient by logprobs, aux)."""
+
   def loss(logprobs):
     return losses.opo_loss(
-      logprobs, REWARDS, MASK, GROUPS, num_groups=4, estimator=estimator
+      logprobs, rewards, mask, group_ids, num_groups=num_groups, **options
     )
 
-  (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(logprobs_like(1))
+  (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(logprobs)
+  return value, gradient, aux
+
+
+def test_opo_loss_has_the_gradient_of_the_formula(subtests):
+  # d loss / d log pi(y_t) = -A_i / tokens, with A from NumPy for opo.
   lengths = MASK.sum(-1)
-  advantages = ESTIMATORS[estimator](REWARDS, lengths, GROUPS, num_groups=4)
-  if estimator == "opo":
-    # Group 1: (5 * 1 + 3 * 0 + 2 * 0.25) / 10 = 0.55; the others have one row left.
-    np.testing.assert_allclose(advantages, [0.45, 0, -0.55, 0, 0, -0.3], atol=1e-6)
-  np.testing.assert_allclose(aux["advantages"], advantages, atol=EPS)
-  expected = np.where(MASK, -np.asarray(advantages)[:, None] / MASK.sum(), 0)
-  np.testing.assert_allclose(grads, expected, **TOLERANCE)
+  for name in ("opo", "opo_loo", "grpo"):
+    with subtests.test(name):
+      _, grads, aux = opo_loss(
+        logprobs_like(1), REWARDS, MASK, GROUPS, num_groups=4, estimator=name
+      )
+      estimator = jax.jit(functools.partial(ESTIMATORS[name], num_groups=4))
+      advantages = estimator(REWARDS, lengths, GROUPS)
+      if name == "opo":
+        # Group 1: (5 * 1 + 3 * 0 + 2 * 0.25) / 10 = 0.55; the others have one row left.
+        np.testing.assert_allclose(advantages, [0.45, 0, -0.55, 0, 0, -0.3], atol=1e-6)
+      np.testing.assert_allclose(aux["advantages"], advantages, atol=EPS)
+      expected = np.where(MASK, -np.asarray(advantages)[:, None] / MASK.sum(), 0)
+      assert_close(grads, expected)
 
 
-@aggregations
-def test_opo_loss_of_rows_that_are_not_valid_is_that_of_the_others(how):
+def test_opo_loss_of_rows_that_are_not_valid_is_that_of_the_others(subtests):
   valid = np.array([True, True, False, True, True, True])
-  rewards = np.where(valid, REWARDS, np.nan)
-  kwargs = dict(num_groups=3, aggregation=how)
-
-  def value_and_grad(rows, **kwargs):
-    def loss(x):
-      args = rewards[rows], MASK[rows], GROUPS[rows]
-      return losses.opo_loss(x, *args, **kwargs)[0]
-
-    return jax.value_and_grad(loss)(logprobs_like(1)[rows])
-
-  loss, grads = value_and_grad(np.arange(6), valid=valid, **kwargs)
-  kept_loss, kept_grads = value_and_grad(np.flatnonzero(valid), **kwargs)
-  np.testing.assert_allclose(loss, kept_loss, **TOLERANCE)
-  np.testing.assert_allclose(grads[valid], kept_grads, **TOLERANCE)
-  assert not np.any(grads[2])
+  arrays = logprobs_like(1), np.where(valid, REWARDS, np.nan), MASK, GROUPS
+  for how in AGGREGATIONS:
+    with subtests.test(how):
+      options = dict(num_groups=3, aggregation=how)
+      loss, grads, _ = opo_loss(*arrays, valid=valid, **options)
+      kept_loss, kept_grads, _ = opo_loss(*(x[valid] for x in arrays), **options)
+      assert_close(loss, kept_loss)
+      assert_close(grads[valid], kept_grads)
+      assert not np.any(grads[2])
 
 
 def test_opo_loss_adds_up_over_micro_batches_that_keep_groups_whole():
-  normalizer = losses.step_normalizer(MASK, "token_mean")
+  normalizer = step_normalizers(MASK)["token_mean"]
 
   def loss(rows, **kwargs):
-    args = (x[rows] for x in (logprobs_like(1), REWARDS, MASK, GROUPS))
-    return float(losses.opo_loss(*args, num_groups=3, **kwargs)[0])
+    args = (x[np.array(rows)] for x in (logprobs_like(1), REWARDS, MASK, GROUPS))
+    return float(opo_loss(*args, num_groups=3, **kwargs)[0])
 
-  whole = loss(np.arange(NUM_ROWS))
+  whole = loss(range(NUM_ROWS))
   kept = loss([5, 0, 2], normalizer=normalizer) + loss([1, 3, 4], normalizer=normalizer)
   assert kept == pytest.approx(whole, rel=1e-6)
   # Group 1 cut in two: its rows see other baselines, and the sum is another loss.
-  cut = loss([0, 1], normalizer=normalizer) + loss([2, 3, 4, 5], normalizer=normalizer)
+  cut = loss([0, 1, 3], normalizer=normalizer) + loss([2, 4, 5], normalizer=normalizer)
   assert abs(cut - whole) > 0.01
 
 
-def test_opo_loss_takes_a_function_and_runs_under_jit():
+def test_opo_loss_takes_a_function():
   mean = functools.partial(opo, alpha=0.0)
-
-  @jax.jit
-  def loss(*args):
-    return losses.opo_loss(*args, num_groups=3, estimator=mean)[0]
-
-  result = loss(logprobs_like(1), REWARDS, MASK, GROUPS)
-  expected = losses.opo_loss(
-    logprobs_like(1), REWARDS, MASK, GROUPS, num_groups=3, estimator="mean"
-  )[0]
-  np.testing.assert_allclose(result, expected, **TOLERANCE)
+  args = logprobs_like(1), REWARDS, MASK, GROUPS
+  result, *_ = opo_loss(*args, num_groups=3, estimator=mean)
+  expected, *_ = opo_loss(*args, num_groups=3, estimator="mean")
+  assert_close(result, expected)
 
 
 def test_sampling_logprobs_and_advantages_get_no_gradient():
-  for objective in ("ppo_clip", "gspo", "cispo"):
+  @jax.jit
+  def gradients(old, advantages, rewards):
+    def total(old, advantages, rewards):
+      logprobs, args = logprobs_like(1), (advantages, MASK)
+      ratios = [OBJECTIVES[name](logprobs, old, *args)[0] for name in RATIO_OBJECTIVES]
+      plain = losses.policy_gradient(logprobs, *args)[0]
+      whole = losses.opo_loss(logprobs, rewards, MASK, GROUPS, num_groups=3)[0]
+      return jnp.stack([*ratios, plain, whole])
 
-    def loss(old, advantages, objective=OBJECTIVES[objective]):
-      return objective(logprobs_like(1), old, advantages, MASK)[0]
+    return jax.jacrev(total, argnums=(0, 1, 2))(old, advantages, rewards)
 
-    grads = jax.grad(loss, argnums=(0, 1))(logprobs_like(2), normal(3, (NUM_ROWS,)))
-    assert not any(np.any(g) for g in grads)
-  grads = jax.grad(
-    lambda r: losses.opo_loss(logprobs_like(1), r, MASK, GROUPS, num_groups=3)[0]
-  )(REWARDS)
-  assert not np.any(grads)
-  grads = jax.grad(
-    lambda advantages: losses.policy_gradient(logprobs_like(1), advantages, MASK)[0]
-  )(normal(3))
-  assert not np.any(grads)
-
-
-@objectives
-@aggregations
-@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
-def test_what_is_behind_the_mask_reaches_neither_loss_nor_gradient(
-  objective, how, garbage
-):
-  objective = functools.partial(OBJECTIVES[objective], aggregation=how)
-  old, advantages = logprobs_like(1), normal(2)
-
-  def value_and_grad(logprobs, old, advantages):
-    loss = jax.value_and_grad(lambda x: objective(x, old, advantages, MASK)[0])
-    return loss(jnp.asarray(logprobs))
-
-  loss, grads = value_and_grad(logprobs_like(3), old, advantages)
-  dirty_loss, dirty_grads = value_and_grad(
-    *(behind_the_mask(x, garbage) for x in (logprobs_like(3), old, advantages))
-  )
-  assert float(dirty_loss) == float(loss)
-  np.testing.assert_array_equal(dirty_grads, grads)
-  assert not np.any(dirty_grads[~MASK])
+  for advantages in (normal(3), normal(3, (NUM_ROWS,))):
+    found = gradients(logprobs_like(2), advantages, REWARDS)
+    assert not any(np.any(g) for g in found)
 
 
-@objectives
-def test_row_without_advantage_may_hold_nan_where_it_is_masked(objective):
+def test_what_is_behind_the_mask_reaches_neither_loss_nor_gradient(subtests):
+  clean = logprobs_like(3), logprobs_like(1), normal(2)
+  expected = results(*clean, MASK)
+  for garbage in (np.nan, np.inf, -np.inf):
+    found = results(*(behind_the_mask(x, garbage) for x in clean), MASK)
+    for pair, (loss, grads, _) in found.items():
+      with subtests.test(str((pair, garbage))):
+        assert float(loss) == float(expected[pair][0])
+        np.testing.assert_array_equal(grads, expected[pair][1])
+        assert not np.any(grads[~MASK])
+
+
+def test_row_without_advantage_may_hold_nan_where_it_is_masked(subtests):
   # Row 3 has no trainable token; an unscorable answer's advantage may be NaN.
-  advantages = np.where(LENGTHS > 0, 1.5, np.nan)
-  grads = jax.grad(
-    lambda x: OBJECTIVES[objective](x, logprobs_like(1), advantages, MASK)[0]
-  )(logprobs_like(1))
-  assert np.isfinite(grads).all()
+  advantages = np.where(LENGTHS > 0, 1.5, np.nan).astype(np.float32)
+  found = results(logprobs_like(1), logprobs_like(1), advantages, MASK)
+  for pair, (_, grads, _) in found.items():
+    with subtests.test(str(pair)):
+      assert np.isfinite(grads).all()
 
 
 def test_groups_of_equal_rewards_can_be_left_out_with_the_same_normalizer():
   # Groups 0 and 2 have equal rewards; 0.3 is not exact in float32.
-  ids = jnp.array([0, 1, 0, 2, 1, 1])
-  rewards = jnp.array([0.3, 1.0, 0.3, 0.7, 0.0, 0.5])
-  lengths = MASK.sum(-1)
-  advantages = opo(rewards, lengths, ids, num_groups=3)
-  normalizer = losses.step_normalizer(MASK, "token_mean")
+  ids = np.array([0, 1, 0, 2, 1, 1])
+  rewards = np.array([0.3, 1.0, 0.3, 0.7, 0.0, 0.5], np.float32)
+  advantages = jax.jit(functools.partial(opo, num_groups=3))(rewards, MASK.sum(-1), ids)
+  normalizer = step_normalizers(MASK)["token_mean"]
+
+  @jax.jit
+  @jax.grad
+  def gradient(weight, noise, advantages, mask, normalizer):
+    logprobs = -jnp.square(weight - noise)
+    return losses.policy_gradient(
+      logprobs, advantages, mask, normalizer=normalizer
+    )[0]  # fmt: skip
 
   def grads(keep, normalizer):
-    def loss(weight):
-      logprobs = -jnp.square(weight - normal(1)[keep])
-      args = logprobs, advantages[keep], MASK[keep]
-      return losses.policy_gradient(*args, normalizer=normalizer)[0]
-
-    return jax.grad(loss)(normal(2, (NUM_TOKENS,)))
+    arrays = (x[keep] for x in (normal(1), advantages, MASK))
+    return gradient(normal(2, (NUM_TOKENS,)), *arrays, normalizer)
 
   packed = np.array([1, 4, 5])
   whole = grads(np.arange(NUM_ROWS), None)
-  np.testing.assert_allclose(grads(packed, normalizer), whole, **TOLERANCE)
+  assert_close(grads(packed, normalizer), whole)
   # 14 tokens, 6 of them kept: a normaliser of the kept rows alone gives 14/6 times it.
   np.testing.assert_allclose(grads(packed, None), whole * 14 / 6, rtol=1e-5)
 
 
-@objectives
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_losses_compute_in_float32(objective, dtype):
-  logprobs, old, advantages = (
-    jnp.asarray(x).astype(dtype)
-    for x in (logprobs_like(1), logprobs_like(1), normal(2, (NUM_ROWS,)))
-  )
-  loss = OBJECTIVES[objective](
-    logprobs, old, advantages, MASK, aggregation="token_mean"
-  )[0]
-  assert loss.dtype == jnp.float32
-  exact = [np.asarray(x, np.float64) for x in (logprobs, advantages)]
-  by_logprob = objective in ("policy_gradient", "cispo")
-  terms = exact[1][:, None] * (exact[0] if by_logprob else 1.0)
-  np.testing.assert_allclose(loss, -(terms * MASK).sum() / MASK.sum(), **TOLERANCE)
+def test_losses_compute_in_float32(subtests):
+  pairs = tuple((objective, "token_mean") for objective in OBJECTIVES)
+  for dtype in ("bfloat16", "float16"):
+    logprobs, advantages = (
+      np.asarray(x, dtype) for x in (logprobs_like(1), normal(2, (NUM_ROWS,)))
+    )
+    found = results(logprobs, logprobs, advantages, MASK, pairs=pairs)
+    exact = [np.asarray(x, np.float64) for x in (logprobs, advantages)]
+    for (objective, _), (loss, *_) in found.items():
+      with subtests.test(str((objective, dtype))):
+        assert loss.dtype == jnp.float32
+        by_logprob = objective in ("policy_gradient", "cispo")
+        terms = exact[1][:, None] * (exact[0] if by_logprob else 1.0)
+        expected = -(terms * MASK).sum() / MASK.sum()
+        assert_close(loss, expected)
 
 
 # --- KL ---
 
 
-@pytest.mark.parametrize(
-  ("estimator", "expected"),
-  [
-    # log-ratios log 2 and -log 4, ratios ref / pi 1/2 and 4
-    ("k1", [np.log(2), -np.log(4)]),
-    ("k2", [np.log(2) ** 2 / 2, np.log(4) ** 2 / 2]),
-    ("k3", [1 / 2 - 1 + np.log(2), 4 - 1 - np.log(4)]),
-  ],
-)
-def test_kl_by_hand(estimator, expected):
-  logprobs = jnp.log(jnp.array([[0.5, 0.2, jnp.nan]]))
-  reference = jnp.log(jnp.array([[0.25, 0.8, 0.5]]))
-  mask = jnp.array([[1, 1, 0]])
-  result = losses.kl(logprobs, reference, mask, estimator=estimator)
-  np.testing.assert_allclose(result, [[*expected, 0.0]], rtol=1e-6)
+@jax.jit
+def kls(logprobs, reference, mask):
+  """{estimator: ([N, T], gradient of the sum by logprobs)}."""
+
+  def total(logprobs, estimator):
+    values = losses.kl(logprobs, reference, mask, estimator=estimator)
+    return values.sum(), values
+
+  def pair(estimator):
+    gradient, values = jax.grad(total, has_aux=True)(logprobs, estimator)
+    return values, gradient
+
+  return {estimator: pair(estimator) for estimator in ("k1", "k2", "k3")}
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_k1_and_k3_are_unbiased(estimator):
+def test_kl_by_hand(subtests):
+  # log-ratios log 2 and -log 4, ratios ref / pi 1/2 and 4
+  expected = {
+    "k1": [np.log(2), -np.log(4)],
+    "k2": [np.log(2) ** 2 / 2, np.log(4) ** 2 / 2],
+    "k3": [1 / 2 - 1 + np.log(2), 4 - 1 - np.log(4)],
+  }
+  logprobs, reference = np.log([[0.5, 0.2, 1.0]]), np.log([[0.25, 0.8, 0.5]])
+  logprobs[0, 2] = np.nan
+  found = kls(logprobs, reference, np.array([[1, 1, 0]]))
+  for name, values in expected.items():
+    with subtests.test(name):
+      np.testing.assert_allclose(found[name][0], [[*values, 0.0]], rtol=1e-6)
+
+
+def test_k1_and_k3_are_unbiased(subtests):
   # Every token once, weighted by its probability: the expectation itself.
   policy = np.array([0.05, 0.25, 0.6, 0.1])
   reference = np.array([0.4, 0.3, 0.2, 0.1])
-  values = losses.kl(
-    np.log(policy)[None], np.log(reference)[None], np.ones((1, 4)), estimator=estimator
-  )
   expected = (policy * np.log(policy / reference)).sum()
-  np.testing.assert_allclose(values[0] @ policy, expected, rtol=1e-6)
+  found = kls(np.log(policy)[None], np.log(reference)[None], np.ones((1, 4)))
+  for name in ("k1", "k3"):
+    with subtests.test(name):
+      np.testing.assert_allclose(found[name][0][0] @ policy, expected, rtol=1e-6)
+
+
+default_kl = jax.jit(losses.kl)
 
 
 @settings(max_examples=50, deadline=None)
@@ -668,37 +723,34 @@ def test_k3_is_never_negative_and_zero_for_equal_policies(values):
   logprobs = np.float32(values).reshape(2, 4)
   mask = np.ones((2, 4), bool)
   for gap in (0.0, 1e-4, 0.3):
-    assert (losses.kl(logprobs, np.float32(logprobs + gap), mask) >= 0).all()
-  assert not np.any(losses.kl(logprobs, logprobs, mask))
+    assert (default_kl(logprobs, np.float32(logprobs + gap), mask) >= 0).all()
+  assert not np.any(default_kl(logprobs, logprobs, mask))
 
 
 def test_small_kl_is_measured_and_not_rounded_away():
   # x^2 / 2 for x = 1e-3: 5e-7 to a thousandth; naive float32 is off by a tenth.
   logprobs, reference = jnp.array([[0.0]]), jnp.array([[1e-3]])
-  result = float(losses.kl(logprobs, reference, jnp.array([[True]]))[0, 0])
+  result = float(default_kl(logprobs, reference, jnp.array([[True]]))[0, 0])
   assert result == pytest.approx(np.expm1(1e-3) - 1e-3, rel=5e-4)
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_kl_gradient_is_finite_behind_the_mask(estimator):
-  def total(logprobs):
-    reference = behind_the_mask(logprobs_like(2), -np.inf)
-    return losses.kl(logprobs, reference, MASK, estimator=estimator).sum()
-
-  grads = jax.grad(total)(behind_the_mask(logprobs_like(1), -np.inf))
-  assert np.isfinite(grads).all()
-  assert not np.any(grads[~MASK])
+def test_kl_gradient_is_finite_behind_the_mask(subtests):
+  garbage = (behind_the_mask(logprobs_like(seed), -np.inf) for seed in (1, 2))
+  for name, (_, grads) in kls(*garbage, MASK).items():
+    with subtests.test(name):
+      assert np.isfinite(grads).all()
+      assert not np.any(grads[~MASK])
 
 
-@pytest.mark.parametrize("gap", [-1000.0, 1000.0])
-def test_kl_of_tokens_far_apart_is_finite_with_its_gradient(gap):
-  value, grad = jax.value_and_grad(lambda x: losses.kl(x, x * 0, x == x).sum())(
-    jnp.array([[gap]])
-  )
-  assert value > 0 and np.isfinite(value) and np.isfinite(grad).all()
+def test_kl_of_tokens_far_apart_is_finite_with_its_gradient(subtests):
+  gaps, zeros = jnp.array([[-1000.0, 1000.0]]), jnp.zeros((1, 2))
+  for name, (values, grads) in kls(gaps, zeros, gaps == gaps).items():
+    with subtests.test(name):
+      assert np.isfinite(values).all() and np.isfinite(grads).all()
+  assert (kls(gaps, zeros, gaps == gaps)["k3"][0] > 0).all()
 
 
-def test_only_k2_has_the_gradient_of_the_kl_as_a_penalty():
+def test_only_k2_has_the_gradient_of_the_kl_as_a_penalty(subtests):
   # Every token once, weighted by its probability, which is a constant of the sampler.
   logits, reference = jnp.array([0.3, -1.0, 2.0]), jnp.log(jnp.array([0.5, 0.3, 0.2]))
   policy = jax.nn.softmax(logits)
@@ -715,24 +767,28 @@ def test_only_k2_has_the_gradient_of_the_kl_as_a_penalty():
   def backwards(logits):
     return jnp.exp(reference) @ (reference - jax.nn.log_softmax(logits))
 
-  for estimator, expected in (
-    ("k1", jnp.zeros(3)),
-    ("k2", jax.grad(exact)(logits)),
-    ("k3", jax.grad(backwards)(logits)),
-  ):
-    got = jax.grad(sampled)(logits, estimator)
-    np.testing.assert_allclose(got, expected, atol=1e-6, err_msg=estimator)
+  @jax.jit
+  def gradients(logits):
+    estimated = {k: jax.grad(sampled)(logits, k) for k in ("k1", "k2", "k3")}
+    zero = jnp.zeros(3)
+    return estimated, {
+      "k1": zero, "k2": jax.grad(exact)(logits), "k3": jax.grad(backwards)(logits)
+    }  # fmt: skip
+
+  found, expected = gradients(logits)
+  for name in expected:
+    with subtests.test(name):
+      np.testing.assert_allclose(found[name], expected[name], atol=1e-6)
 
 
 # --- Refusals ---
 
 
-@pytest.mark.parametrize("objective", ["ppo_clip", "gspo", "cispo"])
-@pytest.mark.parametrize("name", ["clip_low", "clip_high"])
-def test_negative_clips_are_refused(objective, name):
+def test_negative_clips_are_refused():
   x = jnp.zeros((1, 2))
-  with pytest.raises(ValueError, match=f"Expected {name} of at least 0, got -0.1"):
-    getattr(losses, objective)(x, x, jnp.ones(1), x == 0, **{name: -0.1})
+  for objective, name in itertools.product(RATIO_OBJECTIVES, ("clip_low", "clip_high")):
+    with pytest.raises(ValueError, match=f"Expected {name} of at least 0, got -0.1"):
+      getattr(losses, objective)(x, x, jnp.ones(1), x == 0, **{name: -0.1})
 
 
 def test_caps_and_normalizers_are_above_zero():
@@ -771,7 +827,7 @@ def test_shapes_that_do_not_fit_are_refused_and_shown():
     losses.policy_gradient(logprobs, jnp.ones(2), mask[:, :2])
   with pytest.raises(ValueError, match=r"'mask': \(2,\)"):
     losses.policy_gradient(logprobs, jnp.ones(2), mask[:, 0])
-  for objective in ("ppo_clip", "gspo", "cispo"):
+  for objective in RATIO_OBJECTIVES:
     with pytest.raises(ValueError, match=r"'old_logprobs': \(2, 1\)"):
       OBJECTIVES[objective](logprobs, logprobs[:, :1], jnp.ones(2), mask)
   with pytest.raises(ValueError, match=r"'entropy': \(2, 1\)"):

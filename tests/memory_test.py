@@ -4,15 +4,14 @@ import dataclasses
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opo_jax import build
+from opo_jax import build, loop, sft
 from opo_jax.config import Algorithm, Config, Model, Optimizer, Rollout
 from opo_jax.devices import memory, sharding
 from opo_jax.devices.memory import Memory
-from opo_jax.run import Run
+from opo_jax.planning.programs import abstract_run
 from opo_jax.storage.checkpoint import Checkpoints
 
 CONFIG = Config(
@@ -22,38 +21,43 @@ CONFIG = Config(
 )
 
 
-def parts(offload=False):
+def offloading(offload):
   optimizer = dataclasses.replace(CONFIG.optimizer, offload=offload)
-  config = dataclasses.replace(CONFIG, optimizer=optimizer)
-  return build.build(config, eos_ids=(1,), vocab_size=32)
+  return dataclasses.replace(CONFIG, optimizer=optimizer)
+
+
+def first_policy():
+  policy = abstract_run(CONFIG, build.make_mesh(CONFIG), build.model_config(CONFIG))
+  return build.init_policy(CONFIG, policy.policy)
 
 
 def demonstrations():
   prompts = [[3 + i] * (1 + i % 3) for i in range(8)]
-  rollouts = build.demonstrations(
+  rollouts = sft.as_rollouts(
     prompts, [[4, 5, 6 + i, 1] for i in range(8)], [True] * 8, max_new_tokens=5
   )
-  return rollouts, jnp.ones(8), jnp.ones(8, bool)
+  return rollouts, np.ones(8, np.float32)
 
 
 def kinds(tree):
   return {x.sharding.memory_kind for x in jax.tree.leaves(tree) if x.ndim}
 
 
-def imitated(parts, steps=2):
-  state = parts.start_sft(parts.init())
+def fine_tuned(offload, steps=2):
+  learner = build.make_sft_learner(offloading(offload))
+  state = learner.init(first_policy())
   states = [state.opt_state]
   for _ in range(steps):
-    state, metrics, _ = parts.imitate(state, *demonstrations())
+    state, update = learner.update(state, *demonstrations())
     states.append(state.opt_state)
-  return state, metrics, [kinds(each) for each in states]
+  return state, update.scalars, [kinds(each) for each in states]
 
 
 def test_offloaded_moments_lie_on_the_host_and_change_no_step(tmp_path):
-  state, metrics, where = imitated(parts(offload=True))
+  state, metrics, where = fine_tuned(offload=True)
   assert where == [{"pinned_host"}] * 3
   assert kinds(state.policy) == {"device"}
-  near, _, where = imitated(parts())
+  near, _, where = fine_tuned(offload=False)
   assert where == [{"device"}] * 3
   assert float(metrics["grad_norm"]) > 0.1
   for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(near), strict=True):
@@ -63,7 +67,9 @@ def test_offloaded_moments_lie_on_the_host_and_change_no_step(tmp_path):
   with Checkpoints(tmp_path / "far") as checkpoints:
     checkpoints.save(1, state, {})
   for offload in (True, False):
-    like = parts(offload).like_state
+    config = offloading(offload)
+    mesh, shape = build.make_mesh(config), build.model_config(config)
+    like = abstract_run(config, mesh, shape).state
     with Checkpoints(tmp_path / "far") as checkpoints:
       restored, _ = checkpoints.restore(1, like)
     assert kinds(restored.opt_state) == {"pinned_host" if offload else "device"}
@@ -90,11 +96,11 @@ def test_the_program_whose_memory_is_told_is_the_one_that_runs():
     if event.endswith("backend_compile_duration"):
       compiled.append(labels["fun_name"])
 
-  made = parts()
-  state, batch = made.start_sft(made.init()), demonstrations()
+  learner = build.make_sft_learner(CONFIG)
+  state, batch = learner.init(first_policy()), demonstrations()
   jax.monitoring.register_event_duration_secs_listener(listen)
-  told = memory.of(made.imitate.memory(state, *batch))
-  state, *_ = made.imitate(state, *batch)
+  told = memory.of(learner.memory(state, *batch))
+  state, _ = learner.update(state, *batch)
   jax.block_until_ready(state)
   assert compiled == ["jit(_weigh)", "jit(_update)"], "once, and nothing besides"
   # The state lies on eight devices; gradients come on top of it.
@@ -155,19 +161,17 @@ EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5 bytes.
 def test_an_update_that_does_not_fit_says_what_to_turn_and_how_far(
   known, changes, message, tmp_path, monkeypatch
 ):
-  class NoRoom:
-    def memory(self, *_):
-      raise jax.errors.JaxRuntimeError(EXHAUSTED)
-
-    __call__ = memory
+  def no_room(*_):
+    raise jax.errors.JaxRuntimeError(EXHAUSTED)
 
   monkeypatch.setattr(sharding, "device_bytes", lambda mesh: 16 * GIB)
-  monkeypatch.setattr(jax, "device_get", NoRoom())
-  with Run(dataclasses.replace(CONFIG, **changes), tmp_path) as run:
-    run.update_memory = known
-    run.parts = dataclasses.replace(run.parts, update=NoRoom())
-    # When it is compiled or begins, and when its result is waited for.
-    for start in (lambda: run.update(0, 0, np.zeros(3)), lambda: run.read({"loss": 1})):
-      with pytest.raises(RuntimeError, match=message) as raised:
+  config = dataclasses.replace(CONFIG, **changes)
+  update_memory = build.update_memory(config, build.make_mesh(config))
+  update_memory.measured = known
+  # When the update is compiled or begins, and when its result is waited for.
+  monkeypatch.setattr(jax, "device_get", no_room)
+  for start in (no_room, lambda: loop._read({"loss": 1})):
+    with pytest.raises(RuntimeError, match=message) as raised:
+      with memory.explained(update_memory.advice):
         start()
       assert str(raised.value).endswith(f"XLA said: {EXHAUSTED}")

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.quickstart import get_config
 from opo_jax import loop
-from opo_jax.config import Eval, Mesh, Record, Rollout, Sft
+from opo_jax.config import SFT, Eval, Mesh, Record, Rollout
 from opo_jax.devices import sharding
 
 ROWS = 32
@@ -28,7 +28,7 @@ def run_on(mesh, directory, monkeypatch):
       num_heads=14, num_kv_heads=2, head_dim=4, initializer_range=0.3,
     ),
     mesh=Mesh(data, fsdp, tensor),
-    sft=Sft(steps=0),
+    sft=SFT(steps=0),
     optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-3),
     # A random policy is never right, but it repeats itself more or less.
     reward=dataclasses.replace(base.reward, repetition_weight=0.5, repetition_ngram=1),

@@ -25,6 +25,7 @@ from opo_jax.models.card import model_card
 from opo_jax.models.config_json import config_from, config_to, read_config
 from opo_jax.models.rope import Llama3Scaling, YarnScaling
 from opo_jax.models.transformer import REMAT, Policy
+from opo_jax.planning.programs import abstract_run
 from opo_jax.rollouts import prompt_columns
 
 # What transformers computed; tests/golden/make_golden.py says with what.
@@ -439,7 +440,8 @@ def test_fresh_weights_are_those_of_the_family():
     golden_config("llama_3_2_tied_all_biases")
     | dict(hidden_size=96, intermediate_size=192, vocab_size=256)
   )
-  for name, leaf in parameters(Policy(config, jax.random.key(0))).items():
+  fresh = jax.jit(lambda key: Policy(config, key))(jax.random.key(0))
+  for name, leaf in parameters(fresh).items():
     if ".bias" in name:
       assert (leaf == 0).all(), name
     elif ".scale" in name:
@@ -747,8 +749,8 @@ def test_keys_without_positions_are_refused_under_a_sliding_window():
   policy = random_policy(sliding_window=4, sliding_layers=(1,))
   tokens = random_tokens(0, 1, 3)
   positions = np.arange(3)[None]
-  _, (keys, values) = policy.hidden(tokens, positions)
-  cache = (Keys(keys, values, np.ones((1, 1, 3), bool)),)
+  keys = np.zeros((3, 1, 2, 3, 8), np.float32)  # layer, row, head, position, width
+  cache = (Keys(keys, keys, np.ones((1, 1, 3), bool)),)
   with pytest.raises(ValueError, match=r"Keys\.positions"):
     policy.hidden(tokens, positions + 3, cache=cache)
 
@@ -800,6 +802,12 @@ def numpy_attention(query, key, value, mask):
   return out
 
 
+def attend(query, *parts, window=None, positions=None):
+  """`attention` as one program."""
+  run = jax.jit(functools.partial(attention, window=window))
+  return run(query, parts, positions=positions)
+
+
 def random_attention(B=6, T=4, S=7, H=6, K=2, E=10):
   random = np.random.default_rng(11)
   query = random.normal(size=(B, T, H, E)).astype(np.float32)
@@ -812,7 +820,7 @@ def random_attention(B=6, T=4, S=7, H=6, K=2, E=10):
 def test_attention_equals_a_loop_over_queries_and_heads():
   query, key, value, mask = random_attention()
   expected = numpy_attention(query, key, value, mask)
-  actual = attention(query, [Keys(key, value, mask)])
+  actual = attend(query, Keys(key, value, mask))
   # Float32 scores of order 10: 1e-6 each.
   assert_close(actual, expected, atol=1e-5)
 
@@ -823,11 +831,11 @@ def test_split_keys_equal_keys_in_one_part():
     Keys(key[:, :, i:j], value[:, :, i:j], mask[:, :, i:j])
     for i, j in [(0, 3), (3, 4), (4, 7)]
   ]
-  expected = attention(query, [Keys(key, value, mask)])
-  assert_close(attention(query, parts), expected, atol=1e-5)
+  expected = attend(query, Keys(key, value, mask))
+  assert_close(attend(query, *parts), expected, atol=1e-5)
   # A part that nobody may see adds nothing, whatever lies in it.
   blind = Keys(100 * key, -100 * value, np.zeros_like(mask))
-  assert_close(attention(query, [blind, *parts]), expected, atol=1e-5)
+  assert_close(attend(query, blind, *parts), expected, atol=1e-5)
 
 
 def test_query_that_may_see_nothing_gives_no_nan():
@@ -838,9 +846,7 @@ def test_query_that_may_see_nothing_gives_no_nan():
     out = attention(query, [Keys(key, value, mask), Keys(key, value, mask)])
     return jnp.where(mask.any(-1)[..., None, None], out, 0.0).sum(), out
 
-  (_, out), gradients = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(
-    query, key, value
-  )
+  gradients, out = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(query, key, value)
   assert np.isfinite(out).all()
   assert all(np.isfinite(gradient).all() for gradient in gradients)
   assert (gradients[0][1, 2] == 0).all() and (gradients[0][1, 1] != 0).all()
@@ -852,8 +858,8 @@ def test_shared_keys_equal_repeated_keys():
   own = Keys(key, value, mask)
   _, key, value, mask = random_attention(B=2, T=1, S=5)
   repeated = Keys(*(np.repeat(x, 3, axis=0) for x in (key, value, mask)))
-  expected = attention(query, [repeated, own])
-  assert_close(attention(query, [Keys(key, value, mask), own]), expected, atol=1e-5)
+  expected = attend(query, repeated, own)
+  assert_close(attend(query, Keys(key, value, mask), own), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("shared", ["in sequence", "by rows"])
@@ -872,7 +878,7 @@ def test_window_counts_back_from_each_query_under_shared_keys(shared):
   expected = numpy_attention(query, key[entry], value[entry], seen)
   rows = None if shared == "in sequence" else entry[None]
   part = Keys(key, value, mask, rows=rows, positions=key_positions)
-  actual = attention(query, [part], positions=positions, window=window)
+  actual = attend(query, part, positions=positions, window=window)
   assert_close(actual, expected, atol=1e-5)
 
 
@@ -926,8 +932,8 @@ def test_bfloat16_activations_keep_float32_parameters_and_logits(tmp_path):
 
 @pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 2, 2), (8, 1, 1), (1, 1, 8)])
 def test_each_device_looks_up_and_learns_its_own_part_of_the_table(sizes):
-  mesh, key = sharding.make_mesh(*sizes), jax.random.key(0)
-  table = jax.random.normal(key, (24, 16))
+  mesh = sharding.make_mesh(*sizes)
+  table = jnp.asarray(np.random.default_rng(0).normal(size=(24, 16)), jnp.float32)
   tokens = random_tokens(14, 8, 5, vocab_size=24)  # each about twice
 
   def looked_up(table, mesh):
@@ -941,7 +947,9 @@ def test_each_device_looks_up_and_learns_its_own_part_of_the_table(sizes):
   spread = jax.device_put(table, layout)
   found = jax.jit(looked_up, static_argnums=1)(spread, mesh)[1]
   assert np.array_equal(found, table.astype(jnp.bfloat16)[tokens])
-  expected = jax.grad(lambda table: (looked_up(table, None)[0] ** 2).sum())(table)
+  expected = jax.jit(
+    jax.grad(lambda table: (looked_up(table, None)[0] ** 2).sum())
+  )(table)  # fmt: skip
   compiled = jax.jit(gradient).lower(spread).compile()
   np.testing.assert_allclose(compiled(spread), expected, rtol=1e-5, atol=1e-5)
   assert compiled.output_shardings.is_equivalent_to(layout, 2)
@@ -1028,16 +1036,19 @@ def test_program_does_not_grow_with_depth(remat):
 
 def built(**changes):
   config = Config(**changes)
-  return build.build(config, eos_ids=(1,), vocab_size=10)
+  mesh, shape = build.make_mesh(config), build.model_config(config)
+  return abstract_run(config, mesh, shape, eos_ids=(1,))
 
 
 def test_activations_are_bfloat16_on_accelerators_alone(monkeypatch):
-  assert built().like.dtype == jnp.float32
+  assert built().policy.dtype == jnp.float32
   monkeypatch.setattr(sharding, "on_accelerator", lambda mesh: True)
   parts = built()
-  assert parts.like.dtype == jnp.bfloat16
-  assert {leaf.dtype for leaf in jax.tree.leaves(parts.like)} == {jnp.dtype("float32")}
-  assert built(model=Model(dtype="float32")).like.dtype == jnp.float32
+  assert parts.policy.dtype == jnp.bfloat16
+  assert {leaf.dtype for leaf in jax.tree.leaves(parts.policy)} == {
+    jnp.dtype("float32")
+  }
+  assert built(model=Model(dtype="float32")).policy.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
@@ -1049,7 +1060,7 @@ def test_parameters_and_optimiser_each_have_their_dtype(param_dtype, moment_dtyp
   found = {
     name: {
       str(leaf.dtype)
-      for path, leaf in jax.tree_util.tree_flatten_with_path(parts.like_state)[0]
+      for path, leaf in jax.tree_util.tree_flatten_with_path(parts.state)[0]
       if name in jax.tree_util.keystr(path) and leaf.ndim
     }
     for name in (".policy", ".mu", ".nu")
@@ -1059,7 +1070,7 @@ def test_parameters_and_optimiser_each_have_their_dtype(param_dtype, moment_dtyp
 
 def test_step_of_bfloat16_parameters_is_computed_in_float32():
   """One step of AdamW by hand: g / (|g| + epsilon), whatever the dtypes."""
-  optimizer = build._adamw(
+  optimizer = build.adamw(
     Config(optimizer=Optimizer(max_grad_norm=1e9, epsilon=1e-3)), lambda step: 1.0
   )
   policy = {"w": jnp.array([1.0, -2.0], jnp.bfloat16)}
@@ -1074,11 +1085,12 @@ def test_fresh_takes_config_json_alone(tmp_path):
   (tmp_path / "config.json").write_text(
     json.dumps(golden_config("qwen3_tied") | dict(hidden_size=24))
   )
-  parts = built(
+  changes = dict(
     model=Model(path=str(tmp_path), fresh=True), seed=3, mesh=Mesh(data=8, fsdp=1)
   )
+  policy = build.init_policy(Config(**changes), built(**changes).policy)
   expected = Policy(read_config(tmp_path), jax.random.key(3), eos_ids=(1,))
-  actual, expected = parameters(parts.init()), parameters(expected)
+  actual, expected = parameters(policy), parameters(expected)
   assert actual.keys() == expected.keys()
   for name, leaf in actual.items():
     assert_close(leaf, expected[name], atol=1e-6)
@@ -1100,7 +1112,8 @@ import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 rank, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=rank)
-from opo_jax import models, sharding
+from opo_jax import models
+from opo_jax.devices import sharding
 from opo_jax.models import hf
 count, original = [0], hf._slice
 def slice_(file, name, index):

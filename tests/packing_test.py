@@ -13,13 +13,13 @@ P, T = 6, 16
 
 
 def batch(seed, groups=5, samples=4, limit=T):
-  """(spans, has_gradient, prompt_ids, prompt_lengths), rows in any order."""
+  """(last_token, has_gradient, prompt_ids, prompt_lengths), rows in any order."""
   rng = np.random.default_rng(seed)
   ids = rng.permutation(np.repeat(np.arange(groups), samples))
-  spans = rng.integers(0, limit + 1, len(ids))
+  last_token = rng.integers(0, limit + 1, len(ids))
   # Some groups without signal, and single rollouts without one.
   has_gradient = (rng.random(groups) < 0.6)[ids] & (rng.random(len(ids)) < 0.9)
-  return spans, has_gradient, ids, rng.integers(1, P + 1, groups)
+  return last_token, has_gradient, ids, rng.integers(1, P + 1, groups)
 
 
 def made(batch, share_prompts=True, response_width=T, **options):
@@ -55,7 +55,7 @@ def pieces(made):
 def test_each_rollout_with_a_gradient_lies_in_one_segment_from_its_first_token_on(
   seed, share_prompts, pack, steps, shards, micro_batch_tokens
 ):
-  spans, has_gradient, ids, prompt_lengths = given_batch = batch(seed, groups=6)
+  last_token, has_gradient, ids, prompt_lengths = given_batch = batch(seed, groups=6)
   result = made(
     given_batch,
     share_prompts,
@@ -65,9 +65,9 @@ def test_each_rollout_with_a_gradient_lies_in_one_segment_from_its_first_token_o
     pack=pack,
   )
   layout, found = result.layout, pieces(result)
-  expected = np.flatnonzero(has_gradient & (spans > 0))
+  expected = np.flatnonzero(has_gradient & (last_token > 0))
   if not len(expected):
-    expected = np.flatnonzero(spans > 0)[:1]
+    expected = np.flatnonzero(last_token > 0)[:1]
   assert sorted(content[0][0] for content in found.values()) == expected.tolist()
 
   rows_per_entry = 1
@@ -77,7 +77,7 @@ def test_each_rollout_with_a_gradient_lies_in_one_segment_from_its_first_token_o
   for (step, part, row, segment), content in found.items():
     rollout = content[0][0]
     first = 0 if share_prompts else -prompt_lengths[ids[rollout]]
-    assert content == [(rollout, at) for at in range(first, spans[rollout])]
+    assert content == [(rollout, at) for at in range(first, last_token[rollout])]
     assert step == ids[rollout] * steps // 6  # whole groups to each optimiser step
     assert part < result.micro_batches[step]
     segments_of_row[step, part, row].append(segment)
@@ -93,9 +93,9 @@ def test_each_rollout_with_a_gradient_lies_in_one_segment_from_its_first_token_o
   if micro_batch_tokens and entries > shards:
     assert tokens <= micro_batch_tokens
   assert result.tokens == result.micro_batches.sum() * tokens
-  left_out = (spans > 0) & ~np.isin(np.arange(24), expected)
+  left_out = (last_token > 0) & ~np.isin(np.arange(24), expected)
   assert (result.left_out == left_out).all()
-  assert result.tokens_with_gradient == spans[has_gradient].sum()
+  assert result.tokens_with_gradient == last_token[has_gradient].sum()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -130,9 +130,9 @@ def test_short_responses_share_rows():
 
 
 def test_where_none_has_a_gradient_one_rollout_is_measured():
-  spans = np.array([0, 3, 5, 2])
+  last_token = np.array([0, 3, 5, 2])
   nothing = np.zeros(4, bool)
-  result = made((spans, nothing, np.array([0, 0, 1, 1]), np.array([2, 2])))
+  result = made((last_token, nothing, np.array([0, 0, 1, 1]), np.array([2, 2])))
   assert [content[0][0] for content in pieces(result).values()] == [1]
   assert result.left_out.tolist() == [False, False, True, True]
   assert (result.counted, result.pruned, result.tokens_with_gradient) == (3, 3, 0)
@@ -152,10 +152,10 @@ def test_a_run_needs_few_programs(share_prompts):
   rng, shapes, fill = np.random.default_rng(0), collections.Counter(), []
   ids, limit = np.repeat(np.arange(32), 8), 256
   for _ in range(300):
-    spans = np.clip(np.exp(rng.normal(4, 1, 256)), 1, limit).astype(int)
+    last_token = np.clip(np.exp(rng.normal(4, 1, 256)), 1, limit).astype(int)
     has_gradient = (rng.random(32) < rng.uniform(0.2, 1.0))[ids]
     result = made(
-      (spans, has_gradient, ids, np.full(32, P)),
+      (last_token, has_gradient, ids, np.full(32, P)),
       share_prompts,
       response_width=limit,
       micro_batch_tokens=8192,

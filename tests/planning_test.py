@@ -1,6 +1,6 @@
 """Planning: topologies by name, what is replicated, and plans for absent TPUs.
 
-What needs `libtpu` is named `absent`, and runs with `make test-plan`.
+Tests that need `libtpu` have `absent` in their names and run with `make test-plan`.
 """
 
 import dataclasses
@@ -24,8 +24,14 @@ from experiments import (
 from opo_jax import __main__ as command_line
 from opo_jax import build, sampler
 from opo_jax.devices import sharding
-from opo_jax.planning import hlo
+from opo_jax.models import ModelConfig, Policy
+from opo_jax.planning import command
 from opo_jax.planning import plan as planning
+from opo_jax.planning.plan import Assumptions, plan
+from opo_jax.planning.replication import replicated
+from opo_jax.planning.search import advice, search
+from opo_jax.planning.simulation import assumed_lengths, simulate_decoding
+from opo_jax.planning.topologies import topology
 from opo_jax.sampler import decoding
 
 needs_libtpu = pytest.mark.skipif(
@@ -34,30 +40,36 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(
-  ("name", "message"),
-  [
-    ("v5x:4x8", "no TPU generation of ours; did you mean v5"),
-    ("v5e", r"has no shape; write TOPOLOGY=v5e:4x8"),
-    ("v5e:4x", r"has no shape"),
-    ("v5e:4x4x4", "v5e slices have 2 dimensions and up to 256 chips"),
-    ("v5e:32x32", "up to 256 chips"),
-    ("v5p:8x8", r"v5p slices have 3 dimensions .*\(TOPOLOGY=v5p:4x4x4\)"),
-    ("v5p:3x3x3", "hosts of 2x2 chips; 3x3x3 is none"),
+def test_an_impossible_topology_is_refused_with_the_nearest_possible():
+  cases = {
+    "v5x:4x8": "not a known TPU generation; did you mean v5",
+    "v5e": r"has no shape; write TOPOLOGY=v5e:4x8",
+    "v5e:4x": r"has no shape",
+    "v5e:4x4x4": "v5e slices have 2 dimensions and up to 256 chips",
+    "v5e:32x32": "up to 256 chips",
+    "v5p:8x8": r"v5p slices have 3 dimensions .* TOPOLOGY=v5p:4x4x4",
+    "v5p:3x3x3": "hosts of 2x2 chips, which cannot make 3x3x3",
     # As Google names slices: of v4 and v5p, by TensorCores.
-    ("v5p-64", "64 counts TensorCores, two a chip; write TOPOLOGY=v5p:2x4x4"),
-    ("v6e-64", "64 counts chips; write TOPOLOGY=v6e:8x8"),
-    ("v5litepod-8", "TOPOLOGY=v5e:2x4"),
-    ("v5p-8", "TOPOLOGY=v5p:2x2x1"),
-    ("V5E:4x8", "did you mean v5e"),
-    ("v7x:2x2x2", "did you mean tpu7x"),
-    ("h100:8", "there are"),
-  ],
-)
-def test_a_topology_that_is_none_is_refused_with_the_near_ones(name, message):
-  with pytest.raises(ValueError, match=message):
-    planning.topology(name)
+    "v5p-64": "64 counts TensorCores, two a chip; write TOPOLOGY=v5p:2x4x4",
+    "v6e-64": "64 counts chips; write TOPOLOGY=v6e:8x8",
+    "v5litepod-8": "TOPOLOGY=v5e:2x4",
+    "v5p-8": "TOPOLOGY=v5p:2x2x1",
+    "V5E:4x8": "did you mean v5e",
+    "v7x:2x2x2": "did you mean tpu7x",
+    "h100:8": "there are",
+  }
+  failures = []
+  for name, message in cases.items():
+    try:
+      said = f"accepted: {len(topology(name))} devices"
+    except ValueError as error:
+      said = str(error)
+    if not re.search(message, said):
+      failures.append(f"{name}: {said}")
+  assert not failures, "\n".join(failures)
 
+
+# --- replication ---------------------------------------------------------------------
 
 # What programs of the 7B run do not split over all of fsdp and tensor, and why.
 LAYER = "a layer's weights, gathered over fsdp while it is computed"
@@ -105,7 +117,7 @@ def test_a_batch_of_activations_on_every_shard_has_no_reason():
 
 
 def without_reason(made):
-  """Of a plan: what is not split and should be."""
+  """The arrays of a plan that are not split and should be."""
   return {
     (program["name"], name): where
     for program in made["programs"]
@@ -114,32 +126,8 @@ def without_reason(made):
   }
 
 
-@pytest.mark.parametrize("program", ["reshard", "prefill", "decode", "update"])
-def test_nothing_large_of_the_7b_run_is_replicated_by_accident(program, programs_of_7b):
-  """28 layers, real widths, compiled for eight devices: inputs, outputs, and what the
-  program holds between them."""
-  traced, mesh = programs_of_7b[program]
-  found = hlo.replicated(traced.lower().compile(), traced, mesh)
-  assert found  # the reasons above are of something
-  unexplained = {
-    k: v for k, v in found.items() if not reason(k, v, program, mesh.shape)
-  }
-  assert unexplained == {}
-
-
-def test_the_sampler_s_weights_are_not_there_twice_while_they_are_made():
-  traced = programs("bfloat16")["reshard"][0]
-  memory = traced.lower().compile().memory_analysis()
-  assert memory.temp_size_in_bytes < memory.output_size_in_bytes / 2
-
-
-@pytest.fixture(scope="module")
-def programs_of_7b():
-  return programs("float32")
-
-
-def programs(dtype):
-  """Of the 7B run on eight devices, each with its mesh."""
+def lowered_7b(dtype):
+  """The programs of the 7B run by name, on eight devices."""
   config = opo_r1_distill_qwen_7b.get_config()
   config = dataclasses.replace(
     config,
@@ -147,45 +135,77 @@ def programs(dtype):
     rollout=dataclasses.replace(config.rollout, prompts_per_step=8, slots=32),
     algorithm=dataclasses.replace(config.algorithm, micro_batch_tokens=81_920),
   )
-  shape, mesh = planning.model_shape(config), sharding.make_mesh(1, 4, 2)
-  parts = build.build(
-    config, eos_ids=(0,), vocab_size=shape.vocab_size, mesh=mesh, shape=shape
-  )
-  ahead = parts.trace(prompt_tokens=config.rollout.max_prompt_tokens)
-  return {each.name: (each.traced, mesh) for each in ahead}
-
-
-@pytest.mark.parametrize(
-  "experiment", [grpo_r1_distill_qwen_7b, opo_qwen2_5_0_5b_gsm8k]
-)
-def test_no_large_parameter_or_moment_of_the_other_runs_is_replicated(experiment):
-  config = experiment.get_config()
-  shape = planning.model_shape(config)
   mesh = sharding.make_mesh(1, 4, 2)
-  parts = build.build(
-    config, eos_ids=(0,), vocab_size=shape.vocab_size, mesh=mesh, shape=shape
+  lowered = planning.lower_run(
+    config,
+    mesh,
+    planning.model_shape(config),
+    prompt_tokens=config.rollout.max_prompt_tokens,
   )
-  large = [
-    leaf for leaf in jax.tree.leaves(parts.like_state) if leaf.size * 4 > 64 * 2**20
-  ]
-  assert large
-  for leaf in large:
-    assert math.prod(leaf.sharding.shard_shape(leaf.shape)) == leaf.size // 8
+  return mesh, {program.name: program.traced for program in lowered}
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_the_start_policy_stays_on_the_chips_unless_adapters_share_it(rank):
+def test_nothing_large_of_the_7b_run_is_replicated_by_accident():
+  """28 layers, real widths, compiled for eight devices: inputs, outputs, and what the
+  programs hold between them."""
+  mesh, traced = lowered_7b("float32")
+  unexplained, explained = {}, set()
+  for program in ("reshard", "prefill", "decode", "update"):
+    compiled = traced[program].lower().compile()
+    for name, where in replicated(compiled, traced[program], mesh).items():
+      if reason(name, where, program, mesh.shape):
+        explained.add(program)
+      else:
+        unexplained[program, name] = where
+  assert unexplained == {}
+  assert explained == traced.keys()  # something large was seen in each
+
+
+def test_the_sampler_s_weights_are_not_there_twice_while_they_are_made():
+  _, traced = lowered_7b("bfloat16")
+  memory = traced["reshard"].lower().compile().memory_analysis()
+  assert memory.temp_size_in_bytes < memory.output_size_in_bytes / 2
+
+
+def test_no_large_parameter_or_moment_of_the_other_runs_is_replicated():
+  mesh = sharding.make_mesh(1, 4, 2)
+  for experiment in (grpo_r1_distill_qwen_7b, opo_qwen2_5_0_5b_gsm8k):
+    config = experiment.get_config()
+    state = build.build(
+      config,
+      eos_ids=(0,),
+      vocab_size=planning.model_shape(config).vocab_size,
+      mesh=mesh,
+      shape=planning.model_shape(config),
+    ).like_state
+    large = {
+      jax.tree_util.keystr(path): leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+      if leaf.size * 4 > 64 * 2**20
+    }
+    assert large
+    assert not [
+      path
+      for path, leaf in large.items()
+      if math.prod(leaf.sharding.shard_shape(leaf.shape)) != leaf.size // 8
+    ]
+
+
+# --- assumptions, simulation, advice -------------------------------------------------
+
+
+def test_the_start_policy_stays_on_the_chips_unless_adapters_share_it():
   config = quickstart.get_config()
-  model = dataclasses.replace(config.model, lora_rank=rank)
-  config = dataclasses.replace(config, model=model)
   mesh = sharding.make_mesh(1, 4, 2)
-  kept = planning.kept_bytes(
-    build.build(config, eos_ids=(0,), vocab_size=32, mesh=mesh)
-  )
-  if rank:
-    assert kept["start"] == 0 < kept["optimiser"] < kept["parameters"]
-  else:
-    assert kept["start"] == kept["parameters"] < kept["optimiser"]
+
+  def kept(rank):
+    model = dataclasses.replace(config.model, lora_rank=rank)
+    run = dataclasses.replace(config, model=model)
+    return planning.kept_bytes(run, mesh, planning.model_shape(run))
+
+  whole, adapters = kept(0), kept(4)
+  assert whole["start"] == whole["parameters"] < whole["optimiser"]
+  assert adapters["start"] == 0 < adapters["optimiser"] < adapters["parameters"]
 
 
 def test_comparison_runs_differ_from_the_papers_in_what_they_say():
@@ -206,40 +226,50 @@ def test_comparison_runs_differ_from_the_papers_in_what_they_say():
 
 def test_assumed_responses_have_their_mean_and_one_reaches_the_limit():
   for mean in (2048, 4096, 6000):
-    found = planning.lengths(mean, 8192, 256)
-    assert found.max() == 8192 and found.min() >= 1
-    assert found.mean() == pytest.approx(mean, rel=0.02)
+    lengths = assumed_lengths(mean, 8192, 256)
+    assert lengths.max() == 8192 and lengths.min() >= 1
+    assert lengths.mean() == pytest.approx(mean, rel=0.02)
 
 
-def test_the_planned_schedule_is_the_one_the_sampler_takes(monkeypatch):
+def test_the_simulated_schedule_is_the_one_the_sampler_takes(monkeypatch):
   """Refilled, with rings that grow and shrink, and slots that become fewer."""
   monkeypatch.setattr(decoding, "MIN_WIDTH", 6)
   monkeypatch.setattr(decoding, "MIN_SLOTS", 2)
-  config = quickstart.get_config()
-  parts = build.build(
-    config,
-    eos_ids=(),
-    vocab_size=32,
-    mesh=sharding.make_mesh(1, 1, 1, jax.devices()[:1]),
-  )
-  lengths, slots, longest = planning.lengths(12, 24, 8), 4, 24
-  taken, real = [0, 0], decoding.decode
+  lengths, slots, longest = assumed_lengths(12, 24, 8), 4, 24
+  taken, decode = [0, 0], decoding.decode
 
   def counted(slots, *rest):
     before, (num_slots, columns) = int(slots.step), slots.keys.shape[1:4:2]
-    after = real(slots, *rest)
+    after = decode(slots, *rest)
     steps = int(after[0].step) - before
     taken[0] += steps
     taken[1] += steps * num_slots * columns
     return after
 
   monkeypatch.setattr(decoding, "decode", counted)
+  policy = Policy(ModelConfig(16, 8, 8, 1, 1, 1, 8), jax.random.key(0))
   sampler.generate(
-    parts.init(), [[1, 2]] * 8, max_new_tokens=lengths, slots=slots, eos_ids=()
+    policy, [[1, 2]] * 8, max_new_tokens=lengths, slots=slots, eos_ids=()
   )
-  tokens, share = planning.attended(lengths, slots, longest)
+  tokens, share = simulate_decoding(lengths, slots, longest)
   assert [tokens, round(share * tokens * slots * longest)] == taken
   assert share < 0.8  # the widest ring all the time would be 1
+
+
+def test_the_compilers_words_say_how_many_temporaries_would_have_been_needed():
+  def parsed(text, arguments):
+    error = jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {text}")
+    return planning._out_of_memory(error, arguments)
+
+  used = "Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm."
+  assert parsed(used, 2**30) == (
+    int(19.5 * 2**30),
+    "the compiler ran out of memory: Used 20.5G",
+  )
+  temporaries, _ = parsed("cannot allocate temporaries (512.0M)", 2**30)
+  assert temporaries == 2**29
+  with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+    parsed("something else", 0)
 
 
 def test_advice_names_flags_that_exist_and_change_something():
@@ -250,20 +280,20 @@ def test_advice_names_flags_that_exist_and_change_something():
   ]
   mesh = {"data": 1, "fsdp": 8, "tensor": 2}
   made = {"programs": programs, "mesh": mesh, "chip": {"memory": 2**34}}
-  lines = planning.advice(made, config)
-  assert lines[0] == "reshard needs 48.0 GiB more than there is:"
+  lines = advice(made, config)
+  assert lines[0] == "reshard needs 48.0 GiB more than a chip has:"
   assert "slots" not in lines[1] and "--rollout.no-gather-weights" in lines[1]
   flags = [flag.split() for flag in re.findall(r"--[\w.-]+(?: \w+)?", "\n".join(lines))]
   assert ["--rollout.slots", "32"] in flags and ["--mesh.tensor", "4"] in flags
-  # Eight shards of 655,360 tokens: eight rows of 10,240 each, of which half.
+  # Eight shards of 655,360 tokens: eight rows of 10,240 each; the advice is half.
   assert ["--algorithm.micro-batch-tokens", "327680"] in flags
   for flag in flags:
     assert command_line._parse(config, flag) != config, flag
-  # One row a shard is the least; what is already so is not asked for again.
+  # Neither less than one row a shard, nor a setting that the run already has.
   algorithm = dataclasses.replace(config.algorithm, micro_batch_tokens=81_920)
   rollout = dataclasses.replace(config.rollout, gather_weights=False)
   least = dataclasses.replace(config, algorithm=algorithm, rollout=rollout)
-  text = "\n".join(planning.advice(made, least))
+  text = "\n".join(advice(made, least))
   assert "micro-batch" not in text and "gather" not in text
 
 
@@ -273,15 +303,15 @@ def test_the_tables_of_the_page_are_those_of_the_plans():
   make_plans = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(make_plans)
   page = (docs / "scaling.md").read_text()
-  assert make_plans.written(page) == page
+  assert make_plans.with_tables(page) == page
   files = {
     path.stem: json.loads(path.read_text())
     for path in docs.glob("results/plans/*.json")
   }
   assert files.keys() == make_plans.COMMANDS.keys()
-  for name, (experiment, topology, _) in make_plans.COMMANDS.items():
+  for name, (experiment, topology_name, _) in make_plans.COMMANDS.items():
     made = files[name]
-    assert [made["experiment"], made["topology"]] == [experiment, topology]
+    assert [made["experiment"], made["topology"]] == [experiment, topology_name]
     assert "7b" not in name or not without_reason(made)
     for program in made["programs"]:  # the page's rule: it fits where it says so
       assert program["bytes"]["start"] == program["bytes"]["parameters"]
@@ -300,20 +330,20 @@ def small():
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology", ["v5p:4x4x4", "v6e:8x8", "v5e:4x8", "tpu7x:2x2x2"])
-def test_a_mesh_axis_may_be_part_of_a_side_of_an_absent_slice(topology):
-  devices = planning.topology(topology)
-  for tensor in (1, 2, 4):
-    mesh = sharding.make_mesh(1, -1, tensor, devices=devices)
-    assert mesh.devices.shape == (1, len(devices) // tensor, tensor)
-    assert set(mesh.devices.flat) == set(devices)
+def test_a_mesh_axis_may_be_part_of_a_side_of_an_absent_slice():
+  for name in ("v5p:4x4x4", "v6e:8x8", "v5e:4x8", "tpu7x:2x2x2"):
+    devices = topology(name)
+    for tensor in (1, 2, 4):
+      mesh = sharding.make_mesh(1, -1, tensor, devices=devices)
+      assert mesh.devices.shape == (1, len(devices) // tensor, tensor), name
+      assert set(mesh.devices.flat) == set(devices), name
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_a_run_is_planned_for_an_absent_topology(topology, small, tmp_path, capfd):
+@pytest.mark.parametrize("topology_name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_a_run_is_planned_for_an_absent_topology(topology_name, small, tmp_path, capfd):
   out = tmp_path / "plans" / "plan.json"
-  assert planning.run(small, topology, planning.Settings(), out=out) == 0
+  assert command.run(small, topology_name, Assumptions(), out=out) == 0
   made = json.loads(out.read_text())
   assert made["fits"] and made["devices"] == 4
   names = ["reshard", "prefill", "decode", "update"]
@@ -341,18 +371,18 @@ def test_what_does_not_fit_an_absent_topology_is_told_with_what_to_change(small)
     num_kv_heads=8, head_dim=128,
   )  # fmt: skip
   large = dataclasses.replace(small, model=model)
-  made = planning.plan(large, "v5e:2x2", planning.Settings(), only="prefill")
+  made = plan(large, "v5e:2x2", Assumptions(), only="prefill")
   assert not made["fits"]
   console = Console(record=True, width=120)
-  planning.show(made, console)
+  command.show(made, console)
   assert "NO" in console.export_text()
-  assert any("more chips" in line for line in planning.advice(made, large))
+  assert any("more chips" in line for line in advice(made, large))
 
 
 @needs_libtpu
 def test_search_ranks_meshes_of_an_absent_topology_that_fit(small):
   said = []
-  plans = planning.search(small, "v5e:2x2", planning.Settings(), said.append)
+  plans = search(small, "v5e:2x2", Assumptions(), said.append)
   assert len(plans) >= 2 and len(said) >= 2
   times = [made["step_s"] for made in plans]
   assert times == sorted(times)
@@ -368,7 +398,7 @@ def test_nothing_large_of_the_7b_run_is_replicated_on_an_absent_topology():
     algorithm=dataclasses.replace(config.algorithm, micro_batch_tokens=20_480),
     mesh=dataclasses.replace(config.mesh, tensor=4),
   )
-  made = planning.plan(config, "v6e:2x4", planning.Settings())
+  made = plan(config, "v6e:2x4", Assumptions())
   assert made["fits"] and not without_reason(made)
 
 

@@ -46,6 +46,10 @@ def scripted_verifier(response, reference):
     return float("jax" in sys.modules)
   if response.startswith("sleep"):
     time.sleep(float(response.removeprefix("sleep")))
+  if response.startswith("wait for "):
+    while not pathlib.Path(response.removeprefix("wait for ")).exists():
+      time.sleep(0.01)
+    return 1.0
   return float(response == reference)
 
 
@@ -62,7 +66,7 @@ def slow_start(response, reference):
 
 
 broken_start.warm_up = no_disk
-slow_start.warm_up = functools.partial(time.sleep, 1.0)
+slow_start.warm_up = functools.partial(time.sleep, 1.5)
 
 
 @batched
@@ -100,22 +104,13 @@ def test_bad_items_are_none_with_a_reason_and_the_others_keep_their_place():
     assert pool.last_errors == []
 
 
-def test_a_hang_inside_of_c_code_is_killed_in_time():
-  """pebble's own way takes 3 s more than the limit of 1 s and a worker's new start."""
+def test_a_hang_inside_of_c_code_ends_at_the_first_signal():
+  """C code never runs the handler that pebble sets: SIGKILL would follow after 3 s."""
   with scripted_pool(workers=1) as pool:
     pool.score(["a"], ["a"])
-
-    def seconds(response):
-      start = time.monotonic()
-      assert pool.score([response, "a"], ["a", "a"]) == [None, 1.0]
-      return time.monotonic() - start
-
-    # The best of three: on a busy machine a start takes one second or five.
-    for _ in range(3):
-      over = seconds("hang in C") - seconds("exit")
-      if over < 3.0:
-        break
-  assert over < 3.0
+    (worker,) = pool._context._processes
+    assert pool.score(["hang in C", "a"], ["a", "a"]) == [None, 1.0]
+    assert worker.exitcode == -signal.SIGTERM
 
 
 def test_pool_outlives_more_crashes_than_workers():
@@ -126,12 +121,13 @@ def test_pool_outlives_more_crashes_than_workers():
 
 
 def test_limit_is_for_each_answer_and_waiting_does_not_count():
-  with scripted_pool(workers=1, timeout_s=1.0) as pool:
-    assert pool.score(["sleep0.4"] * 5, ["sleep0.4"] * 5) == [1.0] * 5
+  with scripted_pool(workers=1, timeout_s=2.0) as pool:
+    # Each takes a tenth of the limit, all together more than the limit.
+    assert pool.score(["sleep0.2"] * 11, ["sleep0.2"] * 11) == [1.0] * 11
 
 
 def test_start_of_a_worker_does_not_count():
-  with scripted_pool(slow_start, workers=1, timeout_s=0.5) as pool:
+  with scripted_pool(slow_start, workers=1, timeout_s=1.0) as pool:
     assert pool.score(["a", "hang", "a"], ["a"] * 3) == [1.0, None, 1.0]
 
 
@@ -207,12 +203,12 @@ def test_batched_verifier_gets_many_at_once_and_a_bad_one_is_found_out():
     assert pool.score(["a", "raise"], [""] * 2) == [1.0, None]
 
 
-def test_submitted_batches_are_scored_while_the_caller_goes_on():
-  with scripted_pool(workers=1, timeout_s=5.0) as pool:
-    start = time.monotonic()
-    first = pool.submit(["sleep1.0", "raise"], ["sleep1.0", ""])
+def test_submitted_batches_are_scored_while_the_caller_goes_on(tmp_path):
+  with scripted_pool(workers=1, timeout_s=60.0) as pool:
+    first = pool.submit([f"wait for {tmp_path}/go", "raise"], ["", ""])
     second = pool.submit(["a"], ["a"])
-    assert time.monotonic() - start < 0.5 and not first.done()
+    assert not first.done() and not second.done()
+    (tmp_path / "go").touch()
     assert first.result().rewards == [1.0, None]
     assert [index for index, _ in first.result().errors] == [1]
     assert second.result() == ([1.0], [])
@@ -221,13 +217,13 @@ def test_submitted_batches_are_scored_while_the_caller_goes_on():
 
 
 def test_closing_ends_what_was_submitted():
-  pool = scripted_pool(timeout_s=60.0)
+  pool = scripted_pool(timeout_s=600.0)
   pool.score(["a"], ["a"])
   future = pool.submit(["hang"], ["a"])
-  time.sleep(0.3)
+  time.sleep(0.3)  # so that a worker has taken it, as a rule
   pool.close()
   with pytest.raises(ValueError, match="closed"):
-    future.result(timeout=10)
+    future.result(timeout=60)
 
 
 def test_misuse_is_refused_with_the_remedy():
@@ -267,7 +263,7 @@ sys.path.insert(0, {tests!r})
 from pool_test import scripted_verifier
 from opo_jax.rewards import RewardPool
 if __name__ == "__main__":
-  pool = RewardPool(scripted_verifier, workers=2, timeout_s=60.0)
+  pool = RewardPool(scripted_verifier, workers=2, timeout_s=600.0)
   pool.score(["a", "a"], ["a", "a"])
   print("ready", flush=True)
   {action}
@@ -294,7 +290,7 @@ def test_ctrl_c_ends_a_run_whose_verifier_hangs(tmp_path):
   )
   time.sleep(0.5)
   process.send_signal(signal.SIGINT)
-  _, errors = process.communicate(timeout=20)
+  _, errors = process.communicate(timeout=120)
   assert process.returncode != 0
   assert "KeyboardInterrupt" in errors
   assert "SemLock" not in errors
@@ -307,13 +303,13 @@ def test_closing_while_a_worker_restarts_prints_nothing(tmp_path):
     "pool = RewardPool(scripted_verifier, workers=2, timeout_s=0.2); "
     'pool.score(["hang"] * 3, ["a"] * 3); pool.close()',
   )
-  _, errors = process.communicate(timeout=20)
+  _, errors = process.communicate(timeout=120)
   assert (process.returncode, errors) == (0, "")
 
 
 def test_a_pool_left_open_does_not_hold_the_interpreter(tmp_path):
   process = start_program(tmp_path, "sys.exit(0)")
-  _, errors = process.communicate(timeout=20)
+  _, errors = process.communicate(timeout=120)
   assert (process.returncode, errors) == (0, "")
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from opo_jax.devices.profiling import Profiler
-from opo_jax.storage.metrics import Timers
+from opo_jax.metrics import Timers
 
 
 @jax.jit

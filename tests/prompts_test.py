@@ -15,7 +15,7 @@ import pytest
 
 from experiments.quickstart import get_config
 from opo_jax.__main__ import main
-from opo_jax.config import Data, Eval, Rollout, Sft
+from opo_jax.config import SFT, Data, Eval, Rollout
 from opo_jax.data import arithmetic, prompts
 from opo_jax.data.prompts import Problem
 from opo_jax.run import Run
@@ -273,23 +273,21 @@ def test_over_long_prompts_are_left_out_and_counted(tmp_path, capsys):
     eval=Eval(problems=0),
     rollout=Rollout(max_prompt_tokens=11),  # four digits at most
   )
-  with Run(made, tmp_path / "run") as run:
-    run.problems.check()
-    ((weight, kept),) = run.problems.training.values()
-    (held_out,) = run.problems.held_out.values()
-    assert weight == 1.0 and {len(each.question) for each in kept} == {6, 8}
-    assert {len(each.question) for each in held_out} == {6, 8}
-    lost = 2048 - len(kept) + 256 - len(held_out)
-    run.write_head()
+  run = Run(made, tmp_path / "run")
+  run.problems.check()
+  ((weight, kept),) = run.problems.training.values()
+  (held_out,) = run.problems.held_out.values()
+  assert weight == 1.0 and {len(each.question) for each in kept} == {6, 8}
+  assert {len(each.question) for each in held_out} == {6, 8}
+  lost = 2048 - len(kept) + 256 - len(held_out)
+  run.write_head()
   head = json.loads((tmp_path / "run" / "run.json").read_text())
   counted = head["data_left_out"]
   assert sum(sum(reasons.values()) for reasons in counted.values()) == lost > 500
   assert "by prompt_too_long" in capsys.readouterr().out
   made = dataclasses.replace(made, rollout=Rollout(max_prompt_tokens=8))
-  with (
-    Run(made, tmp_path / "none") as run,
-    pytest.raises(ValueError, match=r"All 2048 .* shortest has 9.*max-prompt-tokens"),
-  ):
+  run = Run(made, tmp_path / "none")
+  with pytest.raises(ValueError, match=r"All 2048 .* shortest has 9.*max-prompt-token"):
     run.problems.check()
 
 
@@ -315,29 +313,26 @@ def test_a_run_trains_on_what_its_filters_leave(tmp_path, monkeypatch):
       pass_rate_file=str(rates), min_pass_rate=0.25, max_pass_rate=0.75
     ),
   )  # fmt: skip
-  with Run(made, tmp_path / "run") as run:
-    ((_, kept),) = run.problems.training.values()
-    places = [int(each.id.rpartition("/")[2]) for each in kept]
-    assert places == [i for i in range(100) if i % 5 in (1, 2, 3)]
-    assert run.problems.left_out == {"arithmetic/train": {"pass_rate": 2048 - 60}}
-    assert {each.id for each in run.problems.stream(0).take(60)} == {
-      each.id for each in kept
-    }
+  run = Run(made, tmp_path / "run")
+  ((_, kept),) = run.problems.training.values()
+  places = [int(each.id.rpartition("/")[2]) for each in kept]
+  assert places == [i for i in range(100) if i % 5 in (1, 2, 3)]
+  assert run.problems.left_out == {"arithmetic/train": {"pass_rate": 2048 - 60}}
+  taken = {each.id for each in run.problems.stream(0).take(60)}
+  assert taken == {each.id for each in kept}
   mixed = dataclasses.replace(
     get_config(),
-    sft=Sft(steps=0),
+    sft=SFT(steps=0),
     data=Data(
       train=f"arithmetic:3 jsonl:{own}:1", decontaminate_against=f"jsonl:{test}"
     ),
   )
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-  with Run(mixed, tmp_path / "run") as run:
-    assert run.problems.left_out == {} and list(run.problems.training) == [
-      "arithmetic",
-      f"jsonl:{own}",
-    ]
-    assert run.problems.left_out == {f"jsonl:{own}/train": {"decontaminate_against": 1}}
-    assert [each.id[:3] for each in run.problems.stream(0).take(8)].count("own") == 2
+  run = Run(mixed, tmp_path / "run")
+  assert run.problems.left_out == {}
+  assert list(run.problems.training) == ["arithmetic", f"jsonl:{own}"]
+  assert run.problems.left_out == {f"jsonl:{own}/train": {"decontaminate_against": 1}}
+  assert [each.id[:3] for each in run.problems.stream(0).take(8)].count("own") == 2
 
 
 def test_missing_tokenizer_names_the_flag(tmp_path):

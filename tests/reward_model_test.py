@@ -14,22 +14,22 @@ from safetensors.numpy import load_file, save_file
 
 from experiments.alignment_quickstart import get_config
 from opo_jax import __main__ as command_line
-from opo_jax import build, loop, models
-from opo_jax import reward_training as reward_training
+from opo_jax import build, loop, metrics, models, reward_training, sft
 from opo_jax.config import Checkpoint, Config, Eval, Record, Reward, Rollout
 from opo_jax.data import arithmetic, preferences
 from opo_jax.data.preferences import Pair, true_score
-from opo_jax.devices import sharding
+from opo_jax.devices import distributed, sharding
 from opo_jax.evaluation import Response
 from opo_jax.evaluation import graded as judging
-from opo_jax.learner.update import TrainState
+from opo_jax.learner import TrainState
 from opo_jax.models import ModelConfig, Policy
 from opo_jax.rewards import reward_model
 from opo_jax.rewards.reward_model import RewardModel, bradley_terry
 from opo_jax.rollouts import prompt_columns
 from opo_jax.run import Run
-from opo_jax.storage import metrics
+from opo_jax.scorer import on_host
 from opo_jax.storage.checkpoint import fingerprint
+from opo_jax.storage.json_files import JsonLines
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -129,7 +129,7 @@ def make_rollouts(num=10, max_new_tokens=9):
   random = np.random.RandomState(0)
   prompts = [random.randint(3, 24, 1 + i % 5).tolist() for i in range(num)]
   answers = [[*random.randint(3, 24, i % 8).tolist(), 0] for i in range(num)]
-  return build.demonstrations(
+  return sft.as_rollouts(
     prompts, answers, [True] * num, max_new_tokens=max_new_tokens
   ), [p + a for p, a in zip(prompts, answers, strict=True)]
 
@@ -542,7 +542,7 @@ def test_the_rewards_are_the_models_scores_of_what_was_sampled(trained):
 def test_a_broken_and_resumed_reward_model_equals_an_unbroken_one(
   trained, tmp_path, monkeypatch, broken_after
 ):
-  write = metrics.JsonLines.write
+  write = JsonLines.write
 
   def break_down(self, row):
     write(self, row)
@@ -550,7 +550,7 @@ def test_a_broken_and_resumed_reward_model_equals_an_unbroken_one(
       raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(metrics.JsonLines, "write", break_down)
+    patch.setattr(JsonLines, "write", break_down)
     with pytest.raises(KeyboardInterrupt):
       reward_training.train(small_config(), tmp_path / "run")
   assert not (tmp_path / "run" / "reward_model" / "model").exists()
@@ -626,38 +626,53 @@ def test_settings_of_a_reward_model_that_cannot_work_are_refused_at_once(tmp_pat
   assert not (tmp_path / "run").exists()
 
 
+def sampled(run):
+  """Problems, and the start policy's rollouts as a scorer reads them."""
+  problems = preferences.load("train")[:8]
+  rollouts = build.make_sampler(run.config).sample(
+    run.directory.load_start(run.abstract_policy),
+    run.encode(problems),
+    build.rollout_params(run.config),
+    seed=1,
+  )
+  return problems, on_host(rollouts, run.mesh)
+
+
+def scored(run, problems, rollouts):
+  with run.make_scorer() as scorer:
+    scorer.begin(problems)
+    return scorer.finish(rollouts).verified
+
+
 def test_a_score_that_is_not_finite_is_unscorable_and_stops_the_run_above_a_share(
   trained, monkeypatch
 ):
-  with Run(small_config(), trained) as run:
-    problems = preferences.load("train")[:8]
-    state = run.parts.start(run.load_start())
-    rollouts = run.sample(state, problems, 1)
-    exact, score = run.score(rollouts, problems)[1], reward_model.score
-    assert np.isfinite(exact).all() and len(exact) == 16
+  run = Run(small_config(), trained)
+  problems, rollouts = sampled(run)
+  exact, score = scored(run, problems, rollouts), reward_model.score
+  assert np.isfinite(exact).all() and len(exact) == 16
 
-    def broken(*arguments, **options):
-      return score(*arguments, **options).at[:bad].set(values[:bad])
+  def broken(*arguments, **options):
+    return score(*arguments, **options).at[:bad].set(values[:bad])
 
-    values = jnp.array([jnp.nan, jnp.inf, -jnp.inf, jnp.nan])
-    monkeypatch.setattr(reward_model, "score", broken)
-    bad = 3
-    rewards = run.score(rollouts, problems)[1]
-    assert np.isnan(rewards[:3]).all()
-    np.testing.assert_array_equal(rewards[3:], exact[3:])
-    bad = 4
-    with pytest.raises(RuntimeError, match=r"25%.*preferences/train/0: .* gave nan"):
-      run.score(rollouts, problems)
+  values = jnp.array([jnp.nan, jnp.inf, -jnp.inf, jnp.nan])
+  monkeypatch.setattr(reward_model, "score", broken)
+  bad = 3
+  rewards = scored(run, problems, rollouts)
+  assert np.isnan(rewards[:3]).all()
+  np.testing.assert_array_equal(rewards[3:], exact[3:])
+  bad = 4
+  with pytest.raises(RuntimeError, match=r"25%.*preferences/train/0: .* gave nan"):
+    scored(run, problems, rollouts)
 
 
 def test_a_cut_off_response_is_scored_as_it_is(trained):
-  with Run(small_config(), trained) as run:
-    problems = preferences.load("train")[:8]
-    rollouts = run.sample(run.parts.start(run.load_start()), problems, 1)
-    cut = dataclasses.replace(rollouts, finished=jnp.zeros(16, bool))
-    np.testing.assert_array_equal(
-      run.score(cut, problems)[1], run.score(rollouts, problems)[1]
-    )
+  run = Run(small_config(), trained)
+  problems, rollouts = sampled(run)
+  cut = dataclasses.replace(rollouts, finished=np.zeros(16, bool))
+  np.testing.assert_array_equal(
+    scored(run, problems, cut), scored(run, problems, rollouts)
+  )
 
 
 def test_rewards_do_not_depend_on_the_parts_in_which_they_are_scored(
@@ -673,10 +688,8 @@ def test_rewards_do_not_depend_on_the_parts_in_which_they_are_scored(
   base, rewards = small_config(), []
   for tokens in (0, 16_384, 64):
     algorithm = dataclasses.replace(base.algorithm, micro_batch_tokens=tokens)
-    with Run(small_config(algorithm=algorithm), trained) as run:
-      problems = preferences.load("train")[:8]
-      rollouts = run.sample(run.parts.start(run.load_start()), problems, 1)
-      rewards.append(run.score(run.on_host(rollouts), problems)[1])
+    run = Run(small_config(algorithm=algorithm), trained)
+    rewards.append(scored(run, *sampled(run)))
   assert parts == [1, 1, 2]  # 16 rows, and each of 8 devices has one at least
   np.testing.assert_allclose(rewards[1], rewards[0], atol=1e-5)
   np.testing.assert_allclose(rewards[2], rewards[0], atol=1e-5)
@@ -694,8 +707,8 @@ def test_a_finished_run_is_evaluated_by_scores_and_wins(trained, tmp_path, capsy
   assert "true wins" in capsys.readouterr().out
   assert 0 < policies["step 2"]["eval/preferences/distinct_2"] <= 1
   # Which reward model it was, and the truth that it does not see, are kept.
-  with Run(small_config(), trained) as run:
-    assert results["settings"]["reward"]["scored_by"] == fingerprint(run.reward_model)
+  own = Run(small_config(), trained).make_scorer().model
+  assert results["settings"]["reward"]["scored_by"] == fingerprint(own)
   for row in lines(tmp_path / "step_2" / "preferences.responses.jsonl"):
     assert row["truth"] == true_score(row["response"], row["reference"])
   # How often an answer is right, nobody can say.
@@ -703,9 +716,10 @@ def test_a_finished_run_is_evaluated_by_scores_and_wins(trained, tmp_path, capsy
 
 
 def test_several_processes_are_refused_in_one_line(tmp_path, monkeypatch):
-  monkeypatch.setattr(sharding, "is_single_process", lambda: False)
+  run = Run(small_config(), tmp_path / "run")
+  monkeypatch.setattr(distributed, "is_single_process", lambda: False)
   with pytest.raises(ValueError, match="scores in one process"):
-    Run(small_config(), tmp_path / "run")
+    run.make_scorer()
 
 
 def test_pairs_of_a_file_train_a_reward_model_without_a_truth(tmp_path):
@@ -726,12 +740,12 @@ def test_pairs_of_a_file_train_a_reward_model_without_a_truth(tmp_path):
 
 def test_answers_become_rows_in_the_order_of_their_pairs(trained):
   pairs = preferences.load_pairs("preferences", "test")[:4]
-  with Run(small_config(), trained) as run:
-    rollouts = reward_training.as_rollouts(run, pairs)
-    tokens, lengths = np.asarray(rollouts.tokens), np.asarray(rollouts.lengths)
-    texts = [
-      run.tokenizer.decode(row[:n], skip_special_tokens=True)
-      for row, n in zip(tokens, lengths, strict=True)
-    ]
+  run = Run(small_config(), trained)
+  rollouts = reward_training.as_rollouts(run, pairs)
+  tokens, lengths = np.asarray(rollouts.tokens), np.asarray(rollouts.lengths)
+  texts = [
+    run.tokenizer.decode(row[:n], skip_special_tokens=True)
+    for row, n in zip(tokens, lengths, strict=True)
+  ]
   assert texts == [answer.response for pair in pairs for answer in pair]
   assert isinstance(pairs[0], Pair) and RewardModel.head == "SequenceClassification"

@@ -12,7 +12,7 @@ import pytest
 
 from opo_jax import sampler
 from opo_jax.devices import sharding
-from opo_jax.learner.update import response_logprobs
+from opo_jax.learner import response_logprobs
 from opo_jax.models import ModelConfig, Policy
 from opo_jax.planning import hlo
 from opo_jax.rollouts import select

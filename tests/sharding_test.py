@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 
 import jax
 import numpy as np
@@ -207,7 +206,7 @@ def run_processes(code, num_processes, devices_each, timeout_s=120):
 EXCHANGE = """
   import sys
   import jax, numpy as np
-  from opo_jax import sharding
+  from opo_jax.devices import distributed, sharding
   distributed.start_processes(sys.argv[1], {processes}, int(sys.argv[2]))
   mesh = sharding.make_mesh(*{mesh})
   for count in (16, 5):
@@ -255,7 +254,7 @@ def test_each_process_takes_its_share_and_all_see_everything(processes, mesh, sh
 FAILURE = """
   import sys
   from opo_jax import __main__ as command_line
-  from opo_jax import sharding
+  from opo_jax.devices import distributed, sharding
 
   def fail(known, flags):
     raise KeyError("the disk is full")
@@ -269,13 +268,11 @@ FAILURE = """
 
 
 def test_an_error_in_one_process_is_told_and_ends_the_others():
-  started = time.monotonic()
   first, second = start_processes(FAILURE, 2, 1)
   try:
     _, said = second.communicate(timeout=100)
     assert second.returncode == 1 and "KeyError: 'the disk is full'" in said
-    assert first.wait(timeout=100) != 0
-    assert time.monotonic() - started < 120  # at JAX's barrier it would be 300
+    assert first.wait(timeout=100) != 0  # JAX's barrier alone would take 300
   finally:
     first.kill()
 
@@ -283,7 +280,7 @@ def test_an_error_in_one_process_is_told_and_ends_the_others():
 def test_a_process_whose_others_never_come_says_so_and_ends():
   code = """
   import sys
-  from opo_jax import sharding
+  from opo_jax.devices import distributed, sharding
   distributed._JOIN_S = 3
   distributed.start_processes(sys.argv[1], 2, int(sys.argv[2]))
   print("alone")
@@ -299,7 +296,7 @@ OWN_PROMPTS = """
   os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "1"
   os.environ["JAX_COMPILATION_CACHE_DIR"] = "/everybodys"
   from types import SimpleNamespace
-  from opo_jax import sharding
+  from opo_jax.devices import distributed, sharding
   from opo_jax.data.stream import ProblemStream
   from opo_jax.run import Run
 
@@ -311,10 +308,10 @@ OWN_PROMPTS = """
   read = []
   distributed.start_processes(sys.argv[1], 2, int(sys.argv[2]))
   mesh = sharding.make_mesh(1, -1, 1)
-  run = SimpleNamespace(parts=SimpleNamespace(mesh=mesh))
+  run = SimpleNamespace(mesh=mesh)
   run.encode = lambda problems: [[problem] * (1 + problem % 3) for problem in problems]
   asked = ProblemStream(Problems(range(12)), seed=0).take(8)
-  own = Run.encode_own(run, asked)
+  own = Run.encode_local(run, asked)
   print(read)
   print(distributed.all_gather_lists(own, mesh, 8))
   import jax

@@ -15,15 +15,15 @@ import pytest
 from experiments.quickstart import get_config
 from opo_jax import __main__ as command_line
 from opo_jax import advantages as adv
-from opo_jax import variance
+from opo_jax import build, sft, variance
 from opo_jax.data import sources
 from opo_jax.devices import sharding
-from opo_jax.learner.update import response_logprobs
+from opo_jax.learner import response_logprobs
 from opo_jax.models import ModelConfig, Policy
 from opo_jax.rollouts import select
-from opo_jax.run import VERIFIERS, Run
+from opo_jax.run import Run
 from opo_jax.sampler.engine import generate
-from opo_jax.storage.checkpoint import Checkpoints
+from opo_jax.scorer import VERIFIERS, Verifier
 
 CONFIG = ModelConfig(
   vocab_size=32,
@@ -173,42 +173,53 @@ def test_gradients_that_do_not_fit_are_refused_with_the_chunk_that_would():
 # Moments ------------------------------------------------------------------------
 
 
+EXPLICIT = ("reinforce", "opo", "opo_loo", "grpo", "opo_batch", "rloo")
+
+
+@functools.partial(jax.jit, static_argnames="num_groups")
+def advantages(rewards, lengths, ids, valid, num_groups):
+  options = dict(num_groups=num_groups, valid=valid)
+  return {n: adv.ESTIMATORS[n](rewards, lengths, ids, **options) for n in EXPLICIT}
+
+
+def explicit_estimates(scores, rewards, lengths, valid, groups):
+  """{name: [J, G, P]}, one batch of a group from every prompt after another."""
+  G, size = len(rewards), groups.shape[1]
+  result = {name: [] for name in EXPLICIT}
+  for rows in groups:
+    columns = (x[:, rows].reshape(-1) for x in (rewards, lengths))
+    ids = np.repeat(np.arange(G), size)
+    batch = *columns, ids, valid[:, rows].reshape(-1)
+    for name, a in advantages(*batch, num_groups=G).items():
+      a = np.asarray(a, np.float64).reshape(G, size)
+      result[name].append(np.einsum("gk,gkp->gp", a, scores[:, rows]) / size)
+  return {name: np.array(estimates) for name, estimates in result.items()}
+
+
 @pytest.mark.parametrize("size", [2, 5])
-@pytest.mark.parametrize("name", ["reinforce", "opo", "opo_loo", "grpo", "opo_batch"])
-def test_moments_are_those_of_explicit_gradients(name, size):
+def test_moments_are_those_of_explicit_gradients(size, subtests):
   """11 rows: some are left over at every size. One row is not valid."""
   scores, rewards, lengths = synthetic(3, 11)
   valid = np.ones(rewards.shape, bool)
   valid[1, 4] = False
   order = np.random.default_rng(1).permutation(11)
-  found = moments(scores, rewards, lengths, size, valid, order[None])[name]
+  found = moments(scores, rewards, lengths, size, valid, order[None])
   groups = order[: 11 // size * size].reshape(-1, size)
-
-  def gradients(name):
-    """[J, G, P], one batch of a group from every prompt after another."""
-    result = []
-    for rows in groups:
-      batch = (x[:, rows].reshape(-1) for x in (rewards, lengths))
-      a = adv.ESTIMATORS[name](
-        *batch,
-        np.repeat(np.arange(3), size),
-        num_groups=3,
-        valid=valid[:, rows].reshape(-1),
-      )
-      a = np.asarray(a, np.float64).reshape(3, size)
-      result.append(np.einsum("gk,gkp->gp", a, scores[:, rows]) / size)
-    return np.array(result)
-
-  g, h = gradients(name), gradients("rloo")
-  spread = g.var(axis=0, ddof=1).sum(-1)
-  signal = (g.mean(0) ** 2).sum(-1) - spread / len(g)
-  np.testing.assert_allclose(found["variance"], spread, rtol=1e-4, atol=1e-4)
-  np.testing.assert_allclose(found["signal"], signal, rtol=1e-4, atol=1e-4)
-  pairs = [(a, b) for a in range(len(g)) for b in range(len(g)) if a != b]
-  # |g_j - h_j'|^2 with the h_j' of others counts their noise too: it is taken off.
-  distance = np.mean([((g[a] - h[b]) ** 2).sum(-1) for a, b in pairs], axis=0)
-  noise = h.var(axis=0, ddof=1).sum(-1)
-  np.testing.assert_allclose(found["error"], distance - noise, rtol=1e-4, atol=1e-4)
+  estimates = explicit_estimates(scores, rewards, lengths, valid, groups)
+  h = estimates["rloo"]
+  pairs = [(a, b) for a in range(len(h)) for b in range(len(h)) if a != b]
+  for name in EXPLICIT[:-1]:
+    with subtests.test(name):
+      g = estimates[name]
+      spread = g.var(axis=0, ddof=1).sum(-1)
+      signal = (g.mean(0) ** 2).sum(-1) - spread / len(g)
+      close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+      close(found[name]["variance"], spread)
+      close(found[name]["signal"], signal)
+      # |g_j - h_j'|^2 with the h_j' of others counts their noise too: it is taken off.
+      distance = np.mean([((g[a] - h[b]) ** 2).sum(-1) for a, b in pairs], axis=0)
+      noise = h.var(axis=0, ddof=1).sum(-1)
+      close(found[name]["error"], distance - noise)
 
 
 def test_moments_reach_the_closed_form():
@@ -279,8 +290,8 @@ def test_floor_is_below_every_constant_baseline():
   scores, rewards, _ = synthetic(5, 8)
   norms = (scores**2).sum(-1)
   columns = {"rewards": rewards, "exact": norms, "valid": rewards >= 0}
-  columns = {name: jnp.array(x).reshape(5, 2, 4) for name, x in columns.items()}
-  a = variance.estimators.beyond_the_group(columns)["exact_all"].reshape(5, 8)
+  columns = {name: x.reshape(5, 2, 4) for name, x in columns.items()}
+  a = jax.jit(variance.estimators.beyond_the_group)(columns)["exact_all"].reshape(5, 8)
   floor = (np.asarray(a) ** 2 * norms).sum(1)
   for b in np.linspace(0, 1, 21):
     assert (floor <= ((rewards - b) ** 2 * norms).sum(1) * (1 + 1e-6)).all()
@@ -291,16 +302,22 @@ def test_leave_one_out_survives_weights_a_billion_apart():
   rewards = np.array([0.0, 1.0, 0.0, 1.0, 1.0], np.float32)
   valid = np.arange(5) < 4
   columns = {"rewards": rewards, "exact": weights, "valid": valid}
-  found = variance.estimators._weighted_loo("exact")(columns, None, 1)
+  loo = variance.estimators._weighted_loo("exact")
+  found = jax.jit(lambda columns: loo(columns, None, 1))(columns)
   # Row 0: 0 - (1 + 2) / (1 + 3 + 2). The others see row 0 alone, to nine digits.
   np.testing.assert_allclose(found, [-0.5, 1.0, 0.0, 1.0, 0.0], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["energy", "energy_loo"])
-def test_group_without_weight_gives_no_gradient(name):
+def test_group_without_weight_gives_no_gradient():
   columns = {"rewards": jnp.array([1.0, 0.0, 1.0]), "energy": jnp.zeros(3)}
   columns["valid"] = jnp.array([True, True, False])
-  assert not variance.ESTIMATORS[name](columns, jnp.zeros(3, int), 1).any()
+
+  @jax.jit
+  def advantages(columns):
+    names = ("energy", "energy_loo")
+    return [variance.ESTIMATORS[n](columns, jnp.zeros(3, int), 1) for n in names]
+
+  assert not np.any(advantages(columns))
 
 
 def test_token_moments_are_those_of_explicit_gradients():
@@ -319,13 +336,19 @@ def test_token_moments_are_those_of_explicit_gradients():
 
   token, sequence = np.zeros((G * M, 10)), np.zeros(G * M)
   groups = [np.array(order[j : j + K]) + M * g for g in range(G) for j in (0, 3)]
-  for rows in groups:
-    mask, one_group = rollouts.mask[rows], np.zeros(K, int)
-    options = dict(num_groups=1, valid=valid[rows])
-    token[rows] = adv.optimal_token(
-      rewards[rows], energy.reshape(-1, 10)[rows], mask, one_group, **options
+
+  @jax.jit
+  def of_group(rewards, energy, mask, valid):
+    options = dict(num_groups=1, valid=valid)
+    ids = jnp.zeros(K, int)
+    return (
+      adv.optimal_token(rewards, energy, mask, ids, **options),
+      adv.rloo(rewards, mask.sum(-1), ids, **options),
     )
-    sequence[rows] = adv.rloo(rewards[rows], mask.sum(-1), one_group, **options)
+
+  columns_ = (rewards, energy.reshape(-1, 10), np.asarray(rollouts.mask), valid)
+  for rows in groups:
+    token[rows], sequence[rows] = of_group(*(column[rows] for column in columns_))
   rows_g = explicit_gradients(tuple(token.ravel().tolist()))
   rows_h = explicit_gradients() * sequence[:, None]
   g, h = (
@@ -406,20 +429,21 @@ def run(tmp_path_factory):
     model=dataclasses.replace(base.model, width=16, mlp_width=32, num_layers=1),
     sft=dataclasses.replace(base.sft, steps=0),
   )
-  with Run(config, directory) as run:
-    run.write_head()
-    problems = sources.load("arithmetic", "train")
-    state = run.parts.start(run.start_policy())
-    with Checkpoints(directory / "checkpoints", keep=2) as checkpoints:
-      for step in (20, 40):
-        position = sources.ProblemStream(problems, seed=0).state()
-        run.save(checkpoints, step, state, position)
+  run = Run(config, directory)
+  run.write_head()
+  problems = sources.load("arithmetic", "train")
+  state = build.make_learner(config, run.mesh).init(sft.start_policy(run))
+  with run.directory.checkpoints() as checkpoints:
+    for step in (20, 40):
+      position = sources.ProblemStream(problems, seed=0).state()
+      checkpoints.save_state(step, state, position)
   return directory
 
 
 def test_command_writes_its_table_file_and_figure(run, capsys, monkeypatch):
   # A random policy is never right: here even lengths are.
-  monkeypatch.setitem(VERIFIERS, "arithmetic", lambda text, _: len(text) % 2)
+  by_length = Verifier(lambda text, _: len(text) % 2)
+  monkeypatch.setitem(VERIFIERS, "arithmetic", by_length)
   flags = ["--prompts=6", "--samples=8", "--group-sizes=4", "--steps", "0", "40"]
   flags += ["--token-group-size=4", "--shuffles=1", "--chunk=5"]
   assert command_line.main(["variance", str(run), *flags]) == 0

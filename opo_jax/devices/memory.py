@@ -1,4 +1,4 @@
-"""Memory of a device: what a compiled program plans to take, and advice if it fails."""
+"""Memory of a device: what a compiled program takes, and advice if it does not fit."""
 
 import contextlib
 import dataclasses
@@ -103,6 +103,38 @@ def update_advice(
   if not smaller:
     return f"{needed} Make the state smaller: {state}."
   return f"{needed} Use {' or '.join(smaller)}; or make the state smaller: {state}."
+
+
+@dataclasses.dataclass
+class UpdateMemory:
+  """What the update takes of a device, and what to do if it does not fit.
+
+  Attributes:
+    device_bytes: memory of a device.
+    tokens: of a micro-batch now.
+    least_tokens: of the smallest micro-batch there can be.
+    offload: whether the optimiser's state is in the host's memory already.
+    remat: what is computed again in the backward pass.
+    measured: of the compiled update; None before it was compiled.
+  """
+
+  device_bytes: int
+  tokens: int
+  least_tokens: int
+  offload: bool
+  remat: str
+  measured: Memory | None = None
+
+  def advice(self) -> str:
+    """Which flags make an update fit that did not."""
+    return update_advice(
+      self.measured,
+      self.device_bytes,
+      tokens=self.tokens,
+      least_tokens=self.least_tokens,
+      offload=self.offload,
+      remat=self.remat,
+    )
 
 
 @contextlib.contextmanager

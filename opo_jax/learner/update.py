@@ -1,162 +1,125 @@
-"""The on-policy update: rollouts and rewards in, one optimiser step out.
+"""The update: rollouts and rewards in, one optimiser step out.
 
-Three programs of which the middle one runs on the host:
+`PolicyGradientLearner.update` runs two jitted programs and, between them, a plan:
 
-    _weigh        rewards -> advantages, denominators, metrics of the groups
-    packing.plan  which rollouts have a gradient, and where their tokens lie
-    _update       gather tokens -> log-probs -> loss -> gradients -> optimiser
+    compute_advantages   rewards -> advantages, denominators, metrics of the groups
+    packing.plan         on the host: which rollouts have a gradient, and in which rows
+                         their tokens lie
+    optimizer_steps      gather tokens -> log-probs -> loss -> gradients -> optimiser
 
-`_update` is the algorithm in one place. It is jitted and donates its state.
+`algorithm.py` has the settings and the objectives by name, `forward.py` the forward
+pass; losses and baselines are `opo_jax/losses.py` and `opo_jax/advantages.py`.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from opo_jax import advantages as adv
 from opo_jax import losses
+from opo_jax.advantages import ESTIMATORS
 from opo_jax.devices import sharding
-from opo_jax.learner import packing
-from opo_jax.logprobs import TokenStats, linear_logprobs
-from opo_jax.models.attention import Keys
-from opo_jax.rollouts import Rollouts, Rows, prompt_columns, rows, select
+from opo_jax.devices.aot import AotProgram
+from opo_jax.learner import metrics, packing
+from opo_jax.learner.algorithm import OBJECTIVES, Algorithm
+from opo_jax.learner.forward import PackedBatch, batch_stats, gather
+from opo_jax.learner.state import TrainState, abstract_state, init_state
+from opo_jax.models import lora
+from opo_jax.rollouts import Rollouts
 
-# (logprobs, sampled logprobs, advantages, mask, *, aggregation, normalizer) -> loss,
-# and a dict where `clipped` [N, T] marks the tokens whose ratio is out of bounds.
-Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
+class UpdateMetrics(NamedTuple):
+  """What one update measured; the arrays may still be under computation.
 
-def policy_gradient(logprobs, sampling_logprobs, advantages, mask, **options):
-  """`losses.policy_gradient` with the signature of an Objective.
-
-  On-policy, the ratio to the sampled log-probs is 1, and it does not read them but to
-  measure what PPO's usual clip would cut off.
+  Attributes:
+    scalars: metric -> float32 scalar; a metric that was not measured is absent.
+    advantages: [N].
   """
-  loss, _ = losses.policy_gradient(logprobs, advantages, mask, **options)
-  _, aux = losses.ppo_clip(
-    jax.lax.stop_gradient(logprobs), sampling_logprobs, advantages, mask
-  )
-  return loss, aux
 
-
-def tis(logprobs, sampling_logprobs, advantages, mask, *, cap=2.0, **options):
-  """`policy_gradient`, each token weighed by its truncated importance."""
-  weights = losses.truncated_importance(logprobs, sampling_logprobs, mask, cap=cap)
-  return policy_gradient(
-    logprobs, sampling_logprobs, advantages, mask, importance_weights=weights, **options
-  )
-
-
-OBJECTIVES: dict[str, Objective] = {
-  "policy_gradient": policy_gradient,
-  "tis": tis,
-  "ppo_clip": losses.ppo_clip,
-  "gspo": losses.gspo,
-  "cispo": losses.cispo,
-}
+  scalars: dict[str, jax.Array | float]
+  advantages: jax.Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TrainState:
-  """What an update changes.
+class ScoredRollouts:
+  """What is known of a batch before any token goes through the model.
 
   Attributes:
-    policy: the parameters, an NNX module with `hidden` and `unembedding`.
-    opt_state: Optax's.
-    step: int32 scalar, updates done: the policy's version.
+    advantages: [N].
+    normalizers: [optimiser steps] float32, the denominator of each one's loss.
+    last_token: [N] columns up to and including the last trainable token of a response;
+      0: the row does not count.
+    prompt_ids: [N].
+    prompt_lengths: [G].
   """
 
-  policy: Any
-  opt_state: Any
-  step: jax.Array
+  advantages: jax.Array
+  normalizers: jax.Array
+  last_token: jax.Array
+  prompt_ids: jax.Array
+  prompt_lengths: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Algorithm:
-  """What is compiled into an update. All plain values and functions.
+class _Programs(NamedTuple):
+  """The jitted halves of an update."""
 
-  Attributes:
-    estimator: one of `advantages.ESTIMATORS`.
-    objective: one of `OBJECTIVES`, options bound.
-    aggregation: one of `losses.AGGREGATIONS`.
-    normalizer: the denominator of one optimiser step's loss; None counts the step's
-      tokens or responses, as the aggregation says. `constant` needs a number.
-    updates_per_batch: optimiser steps per rollout batch, each on the groups of its
-      own share of the prompts. 1 is exact on-policy.
-    micro_batch_tokens: the gradient of one optimiser step is accumulated over parts
-      of this many tokens, over all devices, padding included; 0: one part.
-    require_on_policy: refuse rollouts of another policy version.
-    remat: what the backward pass computes again, one of `models.transformer.REMAT`.
-    share_prompts: compute a prompt once for its group; False repeats it before each
-      response, in the rows with segment ids that attention kernels take.
-    prune: leave out rollouts whose advantage is exactly zero.
-    pack: several responses to a row.
-    split: policy -> what is trained, and what is frozen.
-    join: its inverse.
+  compute_advantages: jax.stages.Wrapped
+  optimizer_steps: jax.stages.Wrapped
+
+
+class PolicyGradientLearner:
+  """One optimiser step, or several, on a batch of rollouts.
+
+  Args:
+    algorithm: from rewards to a gradient.
+    optimizer: Optax's.
+    offload: keep the optimiser's moments in the hosts' memory; `optimizer` must then
+      fetch them (`learner.optimizer.adamw(offload=True)`).
   """
 
-  estimator: adv.Estimator
-  objective: Objective
-  aggregation: str = "token_mean"
-  normalizer: float | None = None
-  updates_per_batch: int = 1
-  micro_batch_tokens: int = 0
-  require_on_policy: bool = True
-  remat: str = "none"
-  share_prompts: bool = True
-  prune: bool = True
-  pack: bool = True
-  split: Callable[[Any], tuple[Any, Any]] = lambda policy: (policy, None)
-  join: Callable[[Any, Any], Any] = lambda trained, frozen: trained
-
-
-class Update:
-  """`update(state, rollouts, rewards, valid) -> state, metrics, advantages`."""
-
-  def __init__(self, algorithm: Algorithm, optimizer: optax.GradientTransformation):
-    self.algorithm, self.optimizer = algorithm, optimizer
-    self._programs = None
-
-  def split(self, state: TrainState) -> tuple[TrainState, Any]:
-    """The state with what an update changes alone, and the rest of its policy."""
-    trained, frozen = self.algorithm.split(state.policy)
-    return dataclasses.replace(state, policy=trained), frozen
-
-  def join(self, state: TrainState, frozen: Any) -> TrainState:
-    """The inverse of `split`."""
-    policy = self.algorithm.join(state.policy, frozen)
-    return dataclasses.replace(state, policy=policy)
+  def __init__(
+    self,
+    algorithm: Algorithm,
+    optimizer: optax.GradientTransformation,
+    *,
+    offload: bool = False,
+  ):
+    self.algorithm, self.optimizer, self.offload = algorithm, optimizer, offload
+    self._programs: _Programs | None = None
 
   @property
   def is_on_policy(self) -> bool:
     """Whether it takes only rollouts of the very version it updates."""
     return self.algorithm.require_on_policy
 
-  def __call__(
-    self,
-    state: TrainState,
-    rollouts: Rollouts,
-    rewards: jax.Array,
-    valid: jax.Array,
-  ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
+  def init(self, policy: Any) -> TrainState:
+    """The state before the first update, see `state.init_state`."""
+    return init_state(policy, self.optimizer, offload=self.offload)
+
+  def abstract_state(self, abstract_policy: Any) -> TrainState:
+    """Shapes, dtypes and layout of what `init` gives, see `state.abstract_state`."""
+    return abstract_state(abstract_policy, self.optimizer, offload=self.offload)
+
+  def update(
+    self, state: TrainState, rollouts: Rollouts, rewards: np.ndarray | jax.Array
+  ) -> tuple[TrainState, UpdateMetrics]:
     """One update.
 
     Args:
-      state: donated, but for the frozen part of its policy, which the new state shares;
-        do not use it afterwards.
+      state: donated, except for the frozen part of its policy, which the new state
+        shares; do not use it afterwards.
       rollouts: N rows.
-      rewards: [N]; may be NaN where `valid` is False.
-      valid: [N] bool; False leaves the row out of baseline, loss and normaliser.
+      rewards: [N], equal on all hosts; NaN leaves the row out of baseline, loss and
+        normaliser.
 
     Returns:
-      The new state, metrics as scalars (see `_token_metrics`), and the advantages [N].
+      The new state, and what was measured, while the devices are still at work on both.
 
     Raises:
       ValueError: rollouts of another policy version in exact on-policy training, or a
@@ -164,79 +127,93 @@ class Update:
     """
     if self.is_on_policy:
       check_on_policy(state, rollouts)
-    update, arguments, metrics = self._prepare(state, rollouts, rewards, valid)
-    _, frozen, _, weighed, plan = arguments
-    state, measured = update(*arguments)
-    state = self.join(state, frozen)
-    if not plan.tokens:  # nothing to measure, so that nothing was
-      measured = {k: v for k, v in measured.items() if not k.startswith("onpolicy/")}
-    return state, metrics | measured | _plan_metrics(plan), weighed.advantages
+    trained, frozen = state.split()
+    programs = self._compiled(trained)
+    scored, group_metrics = programs.compute_advantages(
+      rollouts, *_zero_for_nan(rewards)
+    )
+    plan = self._plan(rollouts, jax.device_get(scored), state.policy.mesh)
+    trained, measured = programs.optimizer_steps(
+      trained, frozen, rollouts, scored, plan
+    )
+    scalars = group_metrics | measured | metrics.plan_metrics(plan)
+    if not plan.tokens:  # nothing went through the model: there is no gap to report
+      scalars = {k: v for k, v in scalars.items() if not k.startswith("onpolicy/")}
+    return trained.join(frozen), UpdateMetrics(scalars, scored.advantages)
 
-  def memory(self, state, rollouts, rewards, valid) -> Any:
+  def memory(
+    self, state: TrainState, rollouts: Rollouts, rewards: np.ndarray | jax.Array
+  ) -> Any:
     """The `memory_analysis()` of the program that these arguments need, of one device.
 
-    It compiles the program; a call with the same arguments then compiles nothing.
+    It compiles the program; an update with the same arguments then compiles nothing.
     """
-    update, arguments, _ = self._prepare(state, rollouts, rewards, valid)
-    return update.lower(*arguments).compile().memory_analysis()
+    trained, frozen = state.split()
+    programs = self._compiled(trained)
+    scored, _ = programs.compute_advantages(rollouts, *_zero_for_nan(rewards))
+    plan = self._plan(rollouts, jax.device_get(scored), state.policy.mesh)
+    lowered = programs.optimizer_steps.lower(trained, frozen, rollouts, scored, plan)
+    return lowered.compile().memory_analysis()
 
-  def _prepare(self, state, rollouts, rewards, valid):
-    """The jitted `_update`, its arrays for this batch, and its groups' metrics."""
-    mesh = state.policy.mesh
-    state, frozen = self.split(state)
-    weigh, update = self._programs or self._jit(state, mesh)
-    weighed, metrics = weigh(rollouts, rewards, valid)
-    plan = self._plan(mesh, rollouts, jax.device_get(weighed))
-    return update, (state, frozen, rollouts, weighed, plan), metrics
-
-  def trace(
-    self, state: TrainState, rollouts: Rollouts
-  ) -> tuple[jax.stages.Traced, int]:
-    """The program of a batch in which every response is of full length.
+  def lower(
+    self, abstract_state: TrainState, abstract_rollouts: Rollouts
+  ) -> AotProgram:
+    """The program of the largest batch: every response of full length, all trained.
 
     Args:
-      state, rollouts: arrays, or their shapes and layout (`jax.ShapeDtypeStruct`).
+      abstract_state, abstract_rollouts: arrays, or their shapes and layout
+        (`jax.ShapeDtypeStruct`).
 
     Returns:
-      The program, to be lowered, and how many micro-batches it then has.
+      `update`, traced; its rounds are the micro-batches of an optimiser step.
     """
-    mesh = state.policy.mesh
-    state, frozen = self.split(state)
-    weigh, update = self._jit(state, mesh)
+    rollouts, mesh = abstract_rollouts, abstract_state.policy.mesh
+    trained, frozen = abstract_state.split()
+    programs = self._compiled(trained)
     (num_rows, width), (num_groups, prompt_width) = (
       rollouts.tokens.shape,
       rollouts.prompts.shape,
     )
     row = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
-    weighed, _ = jax.eval_shape(weigh, rollouts, row, row)
-    full = _Weighed(
+    scored, _ = jax.eval_shape(programs.compute_advantages, rollouts, row, row)
+    largest = ScoredRollouts(
       advantages=np.ones(num_rows),
       normalizers=None,
-      spans=np.full(num_rows, width),
+      last_token=np.full(num_rows, width),
       prompt_ids=np.arange(num_rows) * num_groups // num_rows,
       prompt_lengths=np.full(num_groups, prompt_width),
     )
-    plan = self._plan(mesh, rollouts, full)
-    traced = update.trace(state, frozen, rollouts, weighed, plan)
-    return traced, int(plan.micro_batches.max())
+    plan = self._plan(rollouts, largest, mesh)
+    traced = programs.optimizer_steps.trace(trained, frozen, rollouts, scored, plan)
+    rounds = int(plan.micro_batches.max())
+    return AotProgram("update", traced, {"rollouts": rollouts}, rounds=rounds)
 
-  def _jit(self, state, mesh):
-    # The new state lies where the old one lay and takes its memory: else the next
-    # sampling would meet another layout, and compile again.
-    layout = jax.tree.map(lambda leaf: leaf.sharding, state)
-    # Every host plans by the same few numbers.
+  def _compiled(self, trained: TrainState) -> _Programs:
+    """The jitted programs; the layout of the first state is that of every later one."""
+    if self._programs is not None:
+      return self._programs
+    mesh = trained.policy.mesh
+    # Every host plans by the same few numbers, so each of them needs all of these.
     everywhere = None if mesh is None else sharding.named(mesh)
-    self._programs = (
-      jax.jit(functools.partial(_weigh, self.algorithm), out_shardings=everywhere),
-      jax.jit(
-        functools.partial(_update, self.algorithm, self.optimizer),
+    # The state is donated: the new one takes the memory of the old, which halves what
+    # it needs. It also lies where the old one lay: left to the compiler, the layout may
+    # change, and the next sampling would compile again.
+    layout = jax.tree.map(lambda leaf: leaf.sharding, trained)
+    self._programs = _Programs(
+      compute_advantages=jax.jit(
+        functools.partial(compute_advantages, self.algorithm), out_shardings=everywhere
+      ),
+      optimizer_steps=jax.jit(
+        functools.partial(optimizer_steps, self.algorithm, self.optimizer),
         donate_argnums=0,
         out_shardings=(layout, None),
       ),
     )
     return self._programs
 
-  def _plan(self, mesh, rollouts, weighed) -> packing.Plan:
+  def _plan(
+    self, rollouts: Rollouts, scored: ScoredRollouts, mesh: Mesh | None
+  ) -> packing.Plan:
     algorithm, num_groups = self.algorithm, rollouts.num_groups
     if num_groups % algorithm.updates_per_batch:
       raise ValueError(
@@ -244,10 +221,11 @@ class Update:
         " updates per batch; use a multiple (--rollout.prompts-per-step)."
       )
     return packing.plan(
-      weighed.spans,
-      (weighed.advantages != 0) | (not algorithm.prune),
-      weighed.prompt_ids,
-      weighed.prompt_lengths,
+      scored.last_token,
+      # Exactly zero: the estimators give exactly 0 where rewards of a group are equal.
+      (scored.advantages != 0) | (not algorithm.prune),
+      scored.prompt_ids,
+      scored.prompt_lengths,
       prompt_width=rollouts.prompts.shape[1],
       response_width=rollouts.tokens.shape[1],
       share_prompts=algorithm.share_prompts,
@@ -258,8 +236,15 @@ class Update:
     )
 
 
+# --- before the update ---------------------------------------------------------------
+
+
 def check_on_policy(state: TrainState, rollouts: Rollouts) -> None:
-  """Refuses rollouts that are no samples of this very policy."""
+  """Refuses rollouts that are not samples of this very policy.
+
+  Raises:
+    ValueError: another version sampled them, or a filter left tokens out.
+  """
   sampled, current = int(rollouts.version), int(state.step)
   if sampled != current:
     raise ValueError(
@@ -269,33 +254,36 @@ def check_on_policy(state: TrainState, rollouts: Rollouts) -> None:
     )
   if rollouts.filtered:
     raise ValueError(
-      "Rollouts that were chosen greedily or with top-k, top-p or min-p were given to"
+      "Rollouts that were sampled greedily or with top-k, top-p or min-p were given to"
       " exact on-policy training, and the learner applies no such filter; sample with"
       " temperature alone."
     )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Weighed:
-  """What is known of a batch before any token is computed."""
-
-  advantages: jax.Array  # [N]
-  normalizers: jax.Array  # [optimiser steps]
-  spans: jax.Array  # [N] columns up to the last trainable token; 0: does not count
-  prompt_ids: jax.Array  # [N]
-  prompt_lengths: jax.Array  # [G]
+def _zero_for_nan(rewards) -> tuple[jax.Array, jax.Array]:
+  """Rewards with 0 for NaN, and whether the row has a reward: two arrays [N]."""
+  rewards = np.asarray(rewards)
+  valid = ~np.isnan(rewards)
+  return jnp.asarray(np.where(valid, rewards, 0.0)), jnp.asarray(valid)
 
 
-def _weigh(
+def compute_advantages(
   algorithm: Algorithm, rollouts: Rollouts, rewards: jax.Array, valid: jax.Array
-) -> tuple[_Weighed, dict[str, jax.Array]]:
-  """Advantages and denominators of the whole batch, and its groups' metrics."""
-  # Unscorable rows leave before any statistic is taken.
+) -> tuple[ScoredRollouts, dict[str, jax.Array]]:
+  """Advantages and denominators of the whole batch, and the metrics of its groups.
+
+  Args:
+    algorithm: estimator, aggregation, normaliser.
+    rollouts: N rows.
+    rewards: [N].
+    valid: [N] bool; False leaves the row out of baseline, loss and normaliser.
+  """
+  # Rows without a reward leave before any statistic is taken: one NaN, or one 0 in its
+  # place, would move the baseline of its group.
   valid = valid.astype(bool)
   mask = rollouts.mask & valid[:, None]
   rewards = jnp.where(valid, rewards.astype(jnp.float32), 0.0)
-  advantages = algorithm.estimator(
+  advantages = ESTIMATORS[algorithm.estimator](
     rewards,
     mask.sum(-1),
     rollouts.prompt_ids,
@@ -304,7 +292,9 @@ def _weigh(
   )
 
   def normalizer(step):
-    # One denominator for a whole step: rollouts that are left out count as well.
+    # One denominator for a whole optimiser step, of all rollouts that count: those that
+    # are pruned count too, and no micro-batch divides by its own tokens. (A mean of the
+    # means of micro-batches would depend on how the batch is cut.)
     if algorithm.normalizer is not None:
       return jnp.float32(algorithm.normalizer)
     own = rollouts.prompt_ids * steps // rollouts.num_groups == step
@@ -312,130 +302,122 @@ def _weigh(
 
   steps = algorithm.updates_per_batch
   columns = jnp.arange(1, mask.shape[1] + 1)
-  weighed = _Weighed(
+  scored = ScoredRollouts(
     advantages=advantages,
     normalizers=jnp.stack([normalizer(step) for step in range(steps)]),
-    spans=jnp.where(mask, columns, 0).max(-1),
+    last_token=jnp.where(mask, columns, 0).max(-1),
     prompt_ids=rollouts.prompt_ids,
     prompt_lengths=rollouts.prompt_lengths,
   )
-  return weighed, _group_metrics(rewards, advantages, mask, valid, rollouts)
+  return scored, metrics.group_metrics(rewards, advantages, mask, valid, rollouts)
 
 
-def _update(
+# --- the update ----------------------------------------------------------------------
+
+
+def optimizer_steps(
   algorithm: Algorithm,
   optimizer: optax.GradientTransformation,
   state: TrainState,
   frozen: Any,
   rollouts: Rollouts,
-  weighed: _Weighed,
+  scored: ScoredRollouts,
   plan: packing.Plan,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  def whole(trained):
-    return algorithm.join(trained, frozen)
+  """Every optimiser step of the batch, one after the other.
 
-  def loss_of(trained, *batch):
-    return _loss(whole(trained), *batch)
+  Args:
+    algorithm, optimizer: static.
+    state: its policy holds only what is trained.
+    frozen: the rest of the policy.
+    rollouts, scored: the batch.
+    plan: where its tokens lie.
 
-  def optimiser_step(carry, part):
-    policy, opt_state = carry  # of the policy, what is trained
-    layout, micro_batches, normalizer = part
+  Returns:
+    The new state, and metrics of the tokens that were computed.
+  """
 
-    def add_micro_batch(index, totals):
-      grads, measured = totals
-      own = jax.tree.map(lambda array: array[index], layout)
-      batch = _gather(whole(policy).mesh, rollouts, weighed, own)
-      (loss, new), new_grads = jax.value_and_grad(loss_of, has_aux=True)(
-        policy, batch, algorithm, rollouts.temperature, normalizer
-      )
-      grads = jax.tree.map(lambda total, new: total + new, grads, new_grads)
-      return grads, _merge(measured, {"loss": loss, **new})
-
-    # float32, whatever the parameters are kept in: small parts must not vanish.
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), policy)
-    nothing = {name: jnp.float32(0.0) for name in ("loss", *_MEASURED)}
-    grads, measured = jax.lax.fori_loop(
-      0, micro_batches, add_micro_batch, (zeros, nothing)
+  def optimizer_step(carry, step):
+    trained, opt_state = carry
+    layout, num_micro_batches, normalizer = step
+    grads, sums = _sum_gradients(
+      algorithm,
+      trained,
+      frozen,
+      rollouts,
+      scored.advantages,
+      layout,
+      num_micro_batches,
+      normalizer,
     )
     with jax.named_scope("optimizer"):
-      step, opt_state = optimizer.update(grads, opt_state, policy)
-      policy = optax.apply_updates(policy, step)
-    measured["grad_norm"] = optax.tree.norm(grads)
-    return (policy, opt_state), measured
+      change, opt_state = optimizer.update(grads, opt_state, trained)
+      trained = optax.apply_updates(trained, change)
+    sums["grad_norm"] = optax.tree.norm(grads)
+    return (trained, opt_state), sums
 
-  (policy, opt_state), measured = jax.lax.scan(
-    optimiser_step,
+  (trained, opt_state), sums = jax.lax.scan(
+    optimizer_step,
     (state.policy, state.opt_state),
-    (plan.layout, plan.micro_batches, weighed.normalizers),
+    (plan.layout, plan.micro_batches, scored.normalizers),
   )
-  state = TrainState(policy, opt_state, state.step + 1)
-  return state, _token_metrics(measured, rollouts, plan.left_out)
+  state = TrainState(trained, opt_state, state.step + 1)
+  return state, metrics.token_metrics(sums, rollouts, plan.left_out)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Batch:
-  """A micro-batch: its rows, and what the loss needs to know of their C targets."""
+def _sum_gradients(
+  algorithm: Algorithm,
+  trained: Any,
+  frozen: Any,
+  rollouts: Rollouts,
+  advantages: jax.Array,
+  layout: packing.Layout,
+  num_micro_batches: jax.Array,
+  normalizer: jax.Array,
+) -> tuple[Any, dict[str, jax.Array]]:
+  """The gradient of one optimiser step, and what was measured on its tokens.
 
-  prompts: Rows | None  # [E, P], each before R / E rows; None: they are in the rows
-  rows: Rows  # [R, W]
-  columns: jax.Array | None  # [R, C] of the targets; None: each column is one
-  follows_prompt: jax.Array  # [R, C] the first token of a response
-  tokens: jax.Array  # [R, C]
-  logprobs: jax.Array  # [R, C] of the policy, as the sampler computed them
-  sampling_logprobs: jax.Array  # [R, C] of what the tokens were drawn from
-  mask: jax.Array  # [R, C]
-  advantages: jax.Array  # [R, C]
-  segment_ids: jax.Array  # [R, C]
+  Args:
+    layout: of its micro-batches, with one leading axis.
+    num_micro_batches: how many of them hold anything.
+    normalizer: the denominator of the step's loss.
+  """
 
+  def loss_of(trained, batch):
+    policy = lora.join(trained, frozen)
+    return _loss(policy, batch, algorithm, rollouts.temperature, normalizer)
 
-def _gather(mesh, rollouts, weighed, layout: packing.Layout) -> _Batch:
-  """Fetches what `layout` points to."""
-  ids, offsets, segment_ids = layout.rollouts, layout.offsets, layout.segment_ids
-  groups = rollouts.prompt_ids[ids]
-  tokens = rollouts.tokens[ids, jnp.maximum(offsets, 0)]
-  positions = rollouts.prompt_lengths[groups] + offsets
-  if layout.prompts is None:
-    prompt_tokens = rollouts.prompts[groups, jnp.minimum(offsets, -1)]  # from the right
-    tokens = jnp.where(offsets < 0, prompt_tokens, tokens)
-    prompts = None
-  else:
-    lengths = rollouts.prompt_lengths[layout.prompts]
-    prompts = rollouts.prompts[layout.prompts]
-    prompts = Rows(prompts, *prompt_columns(lengths, prompts.shape[1]))
+  def add_micro_batch(index, totals):
+    grads, sums = totals
+    own = jax.tree.map(lambda array: array[index], layout)
+    batch = gather(rollouts, advantages, own, trained.mesh)
+    (loss, new), new_grads = jax.value_and_grad(loss_of, has_aux=True)(trained, batch)
+    grads = jax.tree.map(lambda total, new: total + new, grads, new_grads)
+    return grads, _add_up(sums, {"loss": loss, **new})
 
-  def targets(array):
-    if layout.columns is None:
-      return array
-    return jnp.take_along_axis(array, layout.columns, axis=1)
-
-  ids, offsets, segments = targets(ids), targets(offsets), targets(segment_ids)
-  place = ids, jnp.maximum(offsets, 0)
-  batch = _Batch(
-    prompts=prompts,
-    rows=Rows(tokens, positions, segment_ids),
-    columns=layout.columns,
-    follows_prompt=offsets == 0,
-    tokens=targets(tokens),
-    logprobs=rollouts.logprobs[place],
-    sampling_logprobs=rollouts.sampling_logprobs[place],
-    mask=rollouts.mask[place] & (segments > 0) & (offsets >= 0),
-    advantages=weighed.advantages[ids],
-    segment_ids=segments,
-  )
-  return jax.tree.map(
-    lambda array: sharding.constrain(array, mesh, "batch", None), batch
-  )
+  # Gradients add up in float32, whatever the dtype of the parameters: in bfloat16 a sum
+  # of 30 micro-batches would be off by a hundredth.
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained)
+  nothing = {name: jnp.float32(0.0) for name in ("loss", *_SUMS)}
+  # The bound of the loop is data: another number of micro-batches is the same program.
+  return jax.lax.fori_loop(0, num_micro_batches, add_micro_batch, (zeros, nothing))
 
 
-# Sums over trainable tokens that a micro-batch measures besides its loss (one maximum).
-_MEASURED = ("tokens", "entropy", "diff", "diff_max", "kl", "clipped")
+# Sums over trainable tokens that a micro-batch measures besides its loss (`diff_max` is
+# their maximum).
+_SUMS = ("tokens", "entropy", "diff", "diff_max", "kl", "clipped")
 
 
-def _loss(policy, batch, algorithm, temperature, normalizer):
-  """The share of one micro-batch in the step's loss, and what was measured on it."""
-  stats = _batch_stats(policy, batch, temperature, algorithm.remat)
-  loss, aux = algorithm.objective(
+def _loss(
+  policy: Any,
+  batch: PackedBatch,
+  algorithm: Algorithm,
+  temperature: jax.Array,
+  normalizer: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """One micro-batch's share of the step's loss, and what was measured on it."""
+  stats = batch_stats(policy, batch, temperature, algorithm.remat)
+  loss, aux = OBJECTIVES[algorithm.objective](
     stats.logprob,
     batch.sampling_logprobs,
     batch.advantages,
@@ -443,8 +425,12 @@ def _loss(policy, batch, algorithm, temperature, normalizer):
     aggregation=algorithm.aggregation,
     normalizer=normalizer,
     segment_ids=batch.segment_ids,
+    **algorithm.objective_options,
   )
   logprob, entropy = jax.lax.stop_gradient((stats.logprob, stats.entropy))
+  # The on-policy gap is measured on the log-probs of the policy, not on those of the
+  # filtered distribution that tokens may be sampled from: it shows where sampler and
+  # learner compute something else, and must be 0 up to rounding even then.
   gap = jnp.where(batch.mask, jnp.abs(logprob - batch.logprobs), 0.0)
   return loss, {
     "tokens": batch.mask.sum(dtype=jnp.float32),
@@ -456,157 +442,7 @@ def _loss(policy, batch, algorithm, temperature, normalizer):
   }
 
 
-def _batch_stats(policy, batch: _Batch, temperature, remat) -> TokenStats:
-  """The learner's view of each target: arrays [R, C]."""
-  rows, prompts = batch.rows, batch.prompts
-  cache = ()
-  if prompts:
-    with jax.named_scope("prompts"):
-      ends, (keys, values) = policy.hidden(
-        prompts.tokens, prompts.positions, prompts.segment_ids, remat=remat
-      )
-    seen = (prompts.segment_ids > 0)[:, None]
-    cache = (Keys(keys, values, seen, positions=prompts.positions),)
-  with jax.named_scope("forward"):
-    hidden, _ = policy.hidden(
-      rows.tokens, rows.positions, rows.segment_ids, cache=cache, remat=remat
-    )
-    # A token is predicted one column before it, or by the end of its prompt.
-    if prompts:
-      end = jnp.repeat(ends[:, -1:], hidden.shape[0] // ends.shape[0], axis=0)
-      hidden = jnp.concatenate([end, hidden[:, :-1]], axis=1)
-      hidden = jnp.where(batch.follows_prompt[..., None], end, hidden)
-    else:
-      before = jnp.maximum(batch.columns - 1, 0)
-      hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
-  return _logprobs(policy, hidden, batch.tokens, temperature)
-
-
-def token_stats(policy, rows: Rows, tokens, temperature) -> TokenStats:
-  """The learner's view of each response token, one response a row: arrays [n, T]."""
-  with jax.named_scope("forward"):
-    hidden, _ = policy.hidden(rows.tokens, rows.positions, rows.segment_ids)
-  # A column predicts the next one, and responses start at column P.
-  start = rows.tokens.shape[1] - tokens.shape[1] - 1
-  return _logprobs(policy, hidden[:, start:-1], tokens, temperature)
-
-
-def _logprobs(policy, hidden, tokens, temperature) -> TokenStats:
-  with jax.named_scope("logprobs"):
-    return linear_logprobs(
-      hidden,
-      policy.unembedding,
-      tokens,
-      temperature=temperature,
-      vocab_shards=1 if policy.mesh is None else policy.mesh.shape["tensor"],
-    )
-
-
-@jax.jit
-def response_logprobs(policy: Any, rollouts: Rollouts) -> jax.Array:
-  """log pi(token) of the rollouts under `policy`, at their temperature: [N, T]."""
-  stats = token_stats(policy, rows(rollouts), rollouts.tokens, rollouts.temperature)
-  return jnp.where(rollouts.mask, stats.logprob, 0.0)
-
-
-@functools.partial(jax.jit, static_argnames="micro_batch_tokens")
-def kl_to_start(
-  start_policy: Any,
-  rollouts: Rollouts,
-  indices: jax.Array,
-  *,
-  micro_batch_tokens: int = 0,
-) -> jax.Array:
-  """Mean k1 estimate of KL(policy || start) per response token, in nats.
-
-  k1, not k3: far from the start, a token that the policy draws once in a while and the
-  start preferred weighs `start / policy` in k3, and one such token hides all others.
-
-  Args:
-    start_policy: the policy before training.
-    rollouts: the policy's, with the log-probs its sampler recorded.
-    indices: [n] the rows it is measured on, as many for each shard of the batch.
-    micro_batch_tokens: computed at a time at most (one row a shard at least), over all
-      devices, padding included; 0: all in one.
-  """
-  shards = sharding.batch_shards(start_policy.mesh)
-  row_tokens = rollouts.prompts.shape[1] + rollouts.tokens.shape[1]
-  per_shard = most = len(indices) // shards
-  if micro_batch_tokens:
-    most = max(micro_batch_tokens // (row_tokens * shards), 1)
-  parts = next(
-    n for n in range(1, per_shard + 1) if per_shard / n <= most and per_shard % n == 0
-  )
-
-  def logprobs_of(own):
-    return response_logprobs(start_policy, select(rollouts, own))
-
-  reference = jax.lax.map(logprobs_of, indices.reshape(parts, -1))
-  rollouts = select(rollouts, indices)
-  reference = reference.reshape(rollouts.tokens.shape)
-  per_token = losses.kl(rollouts.logprobs, reference, rollouts.mask, estimator="k1")
-  return losses.aggregate(per_token, rollouts.mask, "token_mean")
-
-
-def _token_metrics(measured, rollouts, left_out):
-  """Metrics of the whole batch, from sums [optimiser steps] over what was computed.
-
-  Losses and norms are means over optimiser steps. `onpolicy/*` is of the computed
-  tokens. `policy/entropy` is exact for these; of a rollout that is left out it takes
-  -log pi of what was drawn, as the sampler recorded it: unbiased, from one sample.
-  """
-  tokens = jnp.maximum(measured["tokens"].sum(), 1.0)
-  rest = rollouts.mask & left_out[:, None]
-  entropy = measured["entropy"].sum() - jnp.where(rest, rollouts.logprobs, 0.0).sum()
-  all_tokens = jnp.maximum(measured["tokens"].sum() + rest.sum(), 1.0)
-  return {
-    "loss": measured["loss"].mean(),
-    "grad_norm": measured["grad_norm"].mean(),
-    "policy/entropy": entropy / all_tokens,
-    "onpolicy/logprob_diff_max": measured["diff_max"].max(),
-    "onpolicy/logprob_diff_mean": measured["diff"].sum() / tokens,
-    "onpolicy/kl": measured["kl"].sum() / tokens,
-    "onpolicy/clip_fraction": measured["clipped"].sum() / tokens,
-  }
-
-
-def _plan_metrics(plan: packing.Plan) -> dict[str, float]:
-  """What was computed: tokens, padding and prompts included, and the share of them
-  that carry a gradient; and the share of rollouts that were left out."""
-  if not plan.tokens:
-    return {"update/tokens": 0}
-  return {
-    "update/tokens": plan.tokens,
-    "update/packing_efficiency": plan.tokens_with_gradient / plan.tokens,
-    "update/skipped_rollouts_fraction": plan.pruned / plan.counted,
-  }
-
-
-def _group_metrics(rewards, advantages, mask, valid, rollouts):
-  lengths, ids, num_groups = mask.sum(-1), rollouts.prompt_ids, rollouts.num_groups
-
-  def per_group(values):
-    return jax.ops.segment_sum(values.astype(jnp.float32), ids, num_groups)
-
-  counted = valid & (lengths > 0)
-  sizes = per_group(counted)
-  groups = jnp.maximum((sizes > 0).sum(), 1)
-  signal = per_group(jnp.abs(advantages)) > 0
-  group = dict(num_groups=num_groups, valid=valid)
-  # (r - mean) - (r - b) = b - mean
-  difference = adv.mean(rewards, lengths, ids, **group) - adv.opo(
-    rewards, lengths, ids, **group
-  )
-  weighted_sums = per_group(advantages * lengths) / jnp.maximum(per_group(lengths), 1)
-  return {
-    "baseline/opo_minus_mean": difference.sum() / jnp.maximum(counted.sum(), 1),
-    "groups/zero_advantage_fraction": ((sizes > 0) & ~signal).sum() / groups,
-    "groups/single_sample_fraction": (sizes == 1).sum() / groups,
-    "advantages/length_weighted_mean_max": jnp.abs(weighted_sums).max(),
-  }
-
-
-def _merge(totals, new):
+def _add_up(totals, new):
   return {
     name: jnp.maximum(totals[name], new[name])
     if name.endswith("_max")

@@ -1,1 +1,1 @@
-"""Planning: compile a run for absent devices, and bound its memory and time."""
+"""Planning: compile a run for absent devices; bound its memory and its time."""

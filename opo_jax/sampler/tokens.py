@@ -1,142 +1,111 @@
-"""From logits to a token: temperature, filters, and the draw itself.
+"""From logits to a token: temperature, filters, and the random choice.
 
-Two log-probs come with every token. `logprob` is the policy's at the temperature, which
-the learner computes again; `sampling_logprob` is that of the distribution the token was
-drawn from, after the filters. On-policy they are the same.
+Every token comes with two log-probs. `logprob` is the policy's at the temperature; the
+learner recomputes it. `sampling_logprob` is that of the distribution that was sampled
+from, after the filters. On-policy they are the same.
 """
 
-import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
-# Blocks of tokens, see `_invert_twice`, do not cross devices when so many share a row.
+from opo_jax.sampler.params import SamplingParams
+
+# A tensor axis of up to this size splits the vocabulary between blocks of tokens, never
+# inside one (`_sample_in_blocks`).
 _MAX_TENSOR = 16
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TokenSampling:
-  """How logits become a distribution. New numbers compile nothing, new kinds do.
-
-  Attributes:
-    temperature: scalar, divides the logits; 1 where greedy.
-    top_k, top_p, min_p: scalars, see `make`.
-    greedy: take the most probable token.
-    filtered: whether any of the three leaves tokens out.
-  """
-
-  temperature: jax.Array
-  top_k: jax.Array
-  top_p: jax.Array
-  min_p: jax.Array
-  greedy: bool = dataclasses.field(metadata={"static": True})
-  filtered: bool = dataclasses.field(metadata={"static": True})
-
-  @property
-  def is_policy(self) -> bool:
-    """Whether tokens are drawn from the policy itself, none left out."""
-    return not (self.greedy or self.filtered)
-
-
-def make(
-  vocab_size: int,
-  *,
-  temperature: float = 1.0,
-  top_k: int = 0,
-  top_p: float = 1.0,
-  min_p: float = 0.0,
-) -> TokenSampling:
-  """A checked `TokenSampling`.
-
-  Args:
-    vocab_size: V.
-    temperature: 0 is greedy.
-    top_k: keep the k most probable tokens; 0 keeps all.
-    top_p: of these, keep the smallest set of most probable tokens with this mass.
-    min_p: of these, keep the tokens at least this times as probable as the first.
-
-  Raises:
-    ValueError: a number out of its range.
-  """
-  for name, value, good, range_ in (
-    ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
-    ("top_k", top_k, 0 <= top_k <= vocab_size, f"0 (all) to {vocab_size}"),
-    ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (all)"),
-    ("min_p", min_p, 0 <= min_p <= 1, "0 (all) to 1"),
-  ):
-    if not good:
-      raise ValueError(f"{name}={value} is out of its range, {range_}.")
-  return TokenSampling(
-    temperature=jnp.float32(temperature or 1.0),
-    top_k=jnp.int32(top_k),
-    top_p=jnp.float32(top_p),
-    min_p=jnp.float32(min_p),
-    greedy=temperature == 0,
-    filtered=top_k > 0 or top_p < 1 or min_p > 0,
-  )
-
-
-def draw(
-  logits_SV: jax.Array, keys_S: jax.Array, distribution: TokenSampling
+def sample_token(
+  logits_BV: jax.Array, keys_B: jax.Array, params: SamplingParams
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  """A token for each row.
+  """Samples one token for each row.
 
   Args:
-    logits_SV: float32.
-    keys_S: a random key for each row.
-    distribution: what to draw from.
+    logits_BV: float32.
+    keys_B: a random key for each row.
+    params: temperature and filters.
 
   Returns:
-    tokens [S] int32, their log-probs [S] under the policy at the temperature (at 1
-    where greedy), and under what they were drawn from (None where it is the same; 0
-    where greedy: the choice is certain).
+    token [B] int32; its log-prob [B] under the policy at the temperature (at 1 where
+    greedy); its log-prob [B] under the distribution that was sampled from: None where
+    that is the policy, 0 where greedy, since the choice is certain.
   """
-  scaled_SV = logits_SV / distribution.temperature
-  scaled_SV -= scaled_SV.max(-1, keepdims=True)
-  weights_SV = jnp.exp(scaled_SV)
-  kept_SV = weights_SV
-  if distribution.filtered:
-    kept_SV = jnp.where(kept(scaled_SV, distribution), weights_SV, 0.0)
-  if distribution.greedy:
-    token_S = scaled_SV.argmax(-1).astype(jnp.int32)
+  scaled_BV = logits_BV if params.is_greedy else logits_BV / params.temperature
+  scaled_BV -= scaled_BV.max(-1, keepdims=True)
+  weights_BV = jnp.exp(scaled_BV)
+  kept_BV = weights_BV
+  if params.is_filtered:
+    kept_BV = jnp.where(filter_logits(scaled_BV, params), weights_BV, 0.0)
+  if params.is_greedy:
+    token_B = scaled_BV.argmax(-1).astype(jnp.int32)
   else:
-    uniform_S2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_S)
-    token_S = _invert_twice(kept_SV, uniform_S2)
-  scaled_S = jnp.take_along_axis(scaled_SV, token_S[:, None], axis=1)[:, 0]
-  logprob_S = scaled_S - jnp.log(weights_SV.sum(-1))
-  if distribution.is_policy:
-    return token_S, logprob_S, None
-  if distribution.greedy:
-    return token_S, logprob_S, jnp.zeros_like(logprob_S)
-  return token_S, logprob_S, scaled_S - jnp.log(kept_SV.sum(-1))
+    uniform_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
+    token_B = _sample_in_blocks(kept_BV, uniform_B2)
+  scaled_B = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=1)[:, 0]
+  logprob_B = scaled_B - jnp.log(weights_BV.sum(-1))
+  if params.is_policy:
+    return token_B, logprob_B, None
+  if params.is_greedy:
+    return token_B, logprob_B, jnp.zeros_like(logprob_B)
+  return token_B, logprob_B, scaled_B - jnp.log(kept_BV.sum(-1))
 
 
-def _invert_twice(weights_SV, uniform_S2):
-  """A token with probability proportional to its weight.
-
-  The inverse of the cumulative distribution, taken twice: once over blocks of tokens
-  and once inside the block drawn. That takes two uniform numbers, where Gumbel noise
-  takes one for every word of the vocabulary. A block's probability is right to 2^-23 of
-  the total, a token's inside of it to 2^-23 of the block's.
+def filter_logits(scaled_BV: jax.Array, params: SamplingParams) -> jax.Array:
+  """The tokens that top-k, then top-p, then min-p keep: [B, V] bool.
 
   Args:
-    weights_SV: at least one positive in each row.
-    uniform_S2: in [0, 1).
+    scaled_BV: logits over temperature, up to a constant in each row.
+    params: the filters.
   """
-  S, V = weights_SV.shape
+  # All three keep a prefix of the sorted row, so one sort and one threshold decide. The
+  # threshold is one of the values it is compared with: no token is lost to rounding.
+  sorted_BV = jnp.sort(scaled_BV, axis=-1, descending=True)
+  V = sorted_BV.shape[1]
+  top_k = jnp.where(params.top_k > 0, params.top_k, V)
+  kept_BV = jnp.arange(V) < top_k
+  # A token is kept while the mass before it is below top_p: the first always is. At
+  # top_p = 1 rounding could push the mass before the last tokens to 1.
+  probs_BV = jax.nn.softmax(jnp.where(kept_BV, sorted_BV, -jnp.inf))
+  before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
+  kept_BV &= (before_BV < params.top_p) | (params.top_p >= 1.0)
+  kept_BV &= sorted_BV >= sorted_BV[:, :1] + jnp.log(params.min_p)
+  threshold_B1 = jnp.where(kept_BV, sorted_BV, jnp.inf).min(-1, keepdims=True)
+  return scaled_BV >= threshold_B1
+
+
+def _sample_in_blocks(weights_BV, uniform_B2):
+  """Samples a token with probability proportional to its weight.
+
+  Inverts the cumulative distribution twice: over the sums of blocks of tokens, then
+  inside the block chosen.
+
+      weights      1 0 2 | 0 3 1 | 2 1 _      blocks of 3, the last one padded
+      block sums     3       4       3        first uniform number 0.5: 5 of 10, block 1
+      inside                0 3 1             second one 0.8: 3.2 of 4, its token 2
+      token          1 * 3 + 2 = 5
+
+  This takes two uniform numbers a row, where Gumbel noise takes one for every token of
+  the vocabulary. A block's probability is exact to 2^-23 of the total, a token's inside
+  its block to 2^-23 of the block's.
+
+  Args:
+    weights_BV: at least one positive in each row.
+    uniform_B2: in [0, 1).
+  """
+  B, V = weights_BV.shape
   size = _block_size(V)
-  weights = jnp.pad(weights_SV, ((0, 0), (0, -V % size))).reshape(S, -1, size)
-  block_S = _invert(weights.sum(-1), uniform_S2[:, 0])
-  inside = jnp.take_along_axis(weights, block_S[:, None, None], axis=1)[:, 0]
-  token_S = block_S * size + _invert(inside, uniform_S2[:, 1])
-  return jnp.minimum(token_S, V - 1)  # NaN logits must not name a word that is none
+  blocks = jnp.pad(weights_BV, ((0, 0), (0, -V % size))).reshape(B, -1, size)
+  block_B = _invert_cdf(blocks.sum(-1), uniform_B2[:, 0])
+  inside = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1)[:, 0]
+  token_B = block_B * size + _invert_cdf(inside, uniform_B2[:, 1])
+  return jnp.minimum(token_B, V - 1)  # NaN weights would choose the padding
 
 
 def _block_size(vocab_size: int) -> int:
-  """Near the root of the vocabulary, and of it alone: rollouts must not depend on the
-  mesh. 64 for 4,096 words, 1,187 for Qwen2's 151,936."""
+  """Tokens of a block, near the root of the vocabulary: 64 of 4,096, 1,187 of Qwen2's
+  151,936. It depends on nothing else, since rollouts must not depend on the mesh."""
   root = math.isqrt(vocab_size)
   if vocab_size % _MAX_TENSOR:
     return root
@@ -145,35 +114,19 @@ def _block_size(vocab_size: int) -> int:
   return min(divisors, key=lambda n: abs(math.log(n / root)))
 
 
-def _invert(weights_SN, uniform_S):
-  """The first index whose cumulative weight exceeds the uniform share of the total."""
-  positive_SN = weights_SN > 0
-  cumulative_SN = jnp.cumsum(weights_SN, axis=-1)
-  share_S1 = uniform_S[:, None] * cumulative_SN[:, -1:]
-  # Rounding must not choose what has no weight, so where it leaves nothing above the
-  # share, the last index with any weight is taken.
-  above_SN = (cumulative_SN > share_S1) & positive_SN
-  last_S = positive_SN.shape[1] - 1 - positive_SN[:, ::-1].argmax(-1)
-  index_S = jnp.where(above_SN.any(-1), above_SN.argmax(-1), last_S)
-  return index_S.astype(jnp.int32)
-
-
-def kept(scaled_SV: jax.Array, distribution: TokenSampling) -> jax.Array:
-  """Which tokens top-k, then top-p, then min-p leave over: [S, V] bool.
+def _invert_cdf(weights, uniform_B):
+  """The first index whose cumulative weight exceeds the uniform share of the total.
 
   Args:
-    scaled_SV: logits over temperature, up to a constant in each row.
-    distribution: the filters.
+    weights: [B, n].
+    uniform_B: in [0, 1).
   """
-  # One sort and one threshold, taken from the very values it is compared with.
-  sorted_SV = jnp.sort(scaled_SV, axis=-1, descending=True)
-  V = sorted_SV.shape[1]
-  top_k = jnp.where(distribution.top_k > 0, distribution.top_k, V)
-  kept_SV = jnp.arange(V) < top_k
-  # A token is kept while the mass before it is below top_p: the first always is.
-  probs_SV = jax.nn.softmax(jnp.where(kept_SV, sorted_SV, -jnp.inf))
-  before_SV = jnp.cumsum(probs_SV, axis=-1) - probs_SV
-  kept_SV &= (before_SV < distribution.top_p) | (distribution.top_p >= 1.0)
-  kept_SV &= sorted_SV >= sorted_SV[:, :1] + jnp.log(distribution.min_p)
-  threshold_S1 = jnp.where(kept_SV, sorted_SV, jnp.inf).min(-1, keepdims=True)
-  return scaled_SV >= threshold_S1
+  positive = weights > 0
+  cumulative = jnp.cumsum(weights, axis=-1)
+  share_B1 = uniform_B[:, None] * cumulative[:, -1:]
+  # Rounding must never choose an index of weight 0. Where it leaves no cumulative
+  # weight above the share, take the last index with a positive weight.
+  above = (cumulative > share_B1) & positive
+  last_B = positive.shape[1] - 1 - positive[:, ::-1].argmax(-1)
+  index_B = jnp.where(above.any(-1), above.argmax(-1), last_B)
+  return index_B.astype(jnp.int32)

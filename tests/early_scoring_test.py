@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from opo_jax.rewards import RewardPool
-from opo_jax.scorer import Answer, Scoring
+from opo_jax.rewards.early import EarlyScoring, ScoredResponse
 
 LENGTHS = np.array([2, 1, 3, 1, 2, 3, 1])
 BATCH = SimpleNamespace(
@@ -33,7 +33,8 @@ def score(prompt_ids, tokens, lengths, finished):
   """An answer that shows everything it was made of."""
   columns = zip(prompt_ids, tokens, lengths, finished, strict=True)
   return [
-    Answer(f"{p} {t[:n].tolist()}", float(n), reason=str(f)) for p, t, n, f in columns
+    ScoredResponse(f"{p} {t[:n].tolist()}", float(n), reason=str(f))
+    for p, t, n, f in columns
   ]
 
 
@@ -45,7 +46,7 @@ EXPECTED = score(BATCH.prompt_ids, BATCH.tokens, BATCH.lengths, BATCH.finished)
 )
 def test_answers_do_not_depend_on_when_they_were_scored(early):
   with ThreadPoolExecutor(1) as thread:
-    scoring = Scoring(score, thread)
+    scoring = EarlyScoring(score, thread)
     for rows in early:
       scoring.add(ended(*rows))
     assert scoring.finish(BATCH) == EXPECTED
@@ -53,7 +54,7 @@ def test_answers_do_not_depend_on_when_they_were_scored(early):
 
 
 def test_without_a_thread_everything_is_scored_at_the_end():
-  scoring = Scoring(score)
+  scoring = EarlyScoring(score)
   assert not scoring.wants_rows
   assert scoring.finish(BATCH) == EXPECTED
 
@@ -67,7 +68,7 @@ def test_adding_does_not_wait_and_what_came_meanwhile_is_scored_together():
     return score(prompt_ids, *rest)
 
   with ThreadPoolExecutor(1) as thread:
-    scoring = Scoring(slow, thread)
+    scoring = EarlyScoring(slow, thread)
     scoring.add(ended(1))
     while not calls:
       time.sleep(0.001)
@@ -85,7 +86,7 @@ def test_an_error_on_the_thread_is_raised_where_the_answers_are_wanted():
     raise OSError("no verifier")
 
   with ThreadPoolExecutor(1) as thread:
-    scoring = Scoring(fail, thread)
+    scoring = EarlyScoring(fail, thread)
     scoring.add(ended(1))
     with pytest.raises(OSError, match="no verifier"):
       scoring.finish(BATCH)
@@ -106,7 +107,7 @@ def test_closing_the_pool_ends_a_scoring_that_still_runs():
   begun = threading.Event()
   with ThreadPoolExecutor(1) as thread:
     with RewardPool(sleep, workers=1, timeout_s=50) as pool:
-      scoring = Scoring(verify, thread)
+      scoring = EarlyScoring(verify, thread)
       scoring.add(ended(1))
       assert begun.wait(20)
       time.sleep(2)  # the worker sleeps by now, or is about to start

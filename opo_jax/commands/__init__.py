@@ -1,0 +1,1 @@
+"""Commands on finished runs and on data: evaluate, export, sample, variance, data."""

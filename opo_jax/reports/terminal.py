@@ -1,0 +1,79 @@
+"""The terminal of a run: a progress bar, and a line now and then."""
+
+import contextlib
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  TextColumn,
+  TimeElapsedColumn,
+  TimeRemainingColumn,
+)
+
+
+class Terminal:
+  """One progress bar with the time left, and a line now and then.
+
+  Args:
+    quiet: say nothing.
+  """
+
+  def __init__(self, *, quiet: bool = False):
+    self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
+
+  def say(self, text: str) -> None:
+    self.console.print(text, markup=False)
+
+  @contextlib.contextmanager
+  def progress(self, title: str, *, done: int, total: int):
+    """Yields a function to call once a step."""
+    columns = (
+      TextColumn("{task.description}"),
+      BarColumn(),
+      MofNCompleteColumn(),
+      TimeElapsedColumn(),
+      TextColumn("left"),
+      TimeRemainingColumn(),
+    )
+    # Without a terminal the bar would only leave its last state in the log.
+    bar = Progress(*columns, console=self.console, disable=not sys.stdout.isatty())
+    with bar:
+      task = bar.add_task(title, total=total, completed=done)
+      yield lambda: bar.advance(task)
+
+
+def step_line(row: dict[str, Any]) -> str:
+  """The line now and then: what a person watches."""
+  shown = {
+    "reward": "reward/mean",
+    "length": "response_length/mean",
+    "entropy": "policy/entropy",
+    "KL to start": "policy/kl_to_start",
+    "grad norm": "grad_norm",
+    "tokens/s": "throughput/tokens_per_s",
+  }
+  words = [f"step {row['step']}"]
+  for label, name in shown.items():
+    if name in row:
+      words.append(f"{label} {row[name]:.4g}")
+  held_out = [
+    f"{name.rsplit('/')[-1]} {value:.3f}"
+    for name, value in row.items()
+    if name.endswith(("/pass@1", "_score", "_win_rate"))
+  ]
+  return "  ".join(words + held_out)
+
+
+def evaluation_line(row: dict[str, Any]) -> str:
+  """What was evaluated, with its intervals, in words."""
+  shown = ("/pass@", "_score", "_win_rate")
+  return "  ".join(
+    f"{name.split('/', 1)[1]} {value:.3f}"
+    f" [{row[name + '_low']:.3f}, {row[name + '_high']:.3f}]"
+    for name, value in row.items()
+    if any(part in name for part in shown) and not name.endswith(("_low", "_high"))
+  )
