@@ -99,13 +99,13 @@ def test_exact_and_near_repetitions_are_found_and_others_are_not():
     *(("a", "t/0", True), ("b", "t/0", False), ("c", "t/1", True))
   ]
   assert decontaminate.THRESHOLD <= matches[1].overlap < 1
-  assert ids(
-    m.train for m in decontaminate.find_duplicates(train, TEST, threshold=1.0)
-  ) == [
-    "a",
-    "c",
-  ]
-  assert decontaminate.find_duplicates(train, []) == decontaminate.find([], TEST) == []
+  exact = decontaminate.find_duplicates(train, TEST, threshold=1.0)
+  assert ids(m.train for m in exact) == ["a", "c"]
+  assert (
+    decontaminate.find_duplicates(train, [])
+    == decontaminate.find_duplicates([], TEST)
+    == []
+  )
   for wrong in ({"ngram": 0}, {"threshold": 0.0}, {"threshold": 1.1}):
     with pytest.raises(ValueError, match="threshold above 0"):
       decontaminate.find_duplicates(train, TEST, **wrong)
