@@ -203,7 +203,7 @@ def make_graded_run(directory, *, better, judge):
   for policy, rewards in (("start", start), ("step_12", start + better)):
     responses = [
       {"id": f"p{i}", "sample": j, "response": "tea jam", "reference": "", "length": 3}
-      | {"answer": None, "finished": True, "reward": reward, "truth": reward / 2}
+      | {"answer": None, "finished": True, "reward": reward, "true_score": reward / 2}
       for i, pair in enumerate(rewards.tolist())
       for j, reward in enumerate(pair)
     ]

@@ -232,9 +232,9 @@ def test_every_verdict_has_an_early_a_middle_and_a_late_example(full_run):
   page = without_pictures(full_run)
   assert re.findall(r"<h3>Step (\d+): <span class=\"(\w+)\"", page) == [
     # The steps of samples in thirds: 1, 40, 50; 60, 80; 90, 110.
-    *(("1", "correct"), ("1", "wrong")),
-    *(("60", "correct"), ("80", "wrong"), ("60", "unscorable")),
-    *(("110", "correct"), ("110", "wrong")),
+    *(("1", "correct"), ("1", "incorrect")),
+    *(("60", "correct"), ("80", "incorrect"), ("60", "unscorable")),
+    *(("110", "correct"), ("110", "incorrect")),
   ]
   assert page.count("unscorable by the verifier") == 1
   assert page.count("tokens, truncated") == 4
