@@ -349,6 +349,7 @@ def optimal_token(
   _check_energy(energy, mask)
   # Rounding can make a computed squared norm negative.
   energy = jnp.maximum(jnp.asarray(energy, jnp.float32), 0.0)
+  # W_it; and alive: a trainable token at t or later, the reversed running maximum.
   spent = jnp.cumsum(jnp.where(mask, energy, 0.0), axis=1)
   alive = jax.lax.cummax(mask.astype(jnp.int32), axis=1, reverse=True) > 0
   centred, _ = _subtract_baseline(
