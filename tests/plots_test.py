@@ -83,6 +83,14 @@ def bare_run(run_dir: Path, rows: list[dict]) -> Path:
   return run_dir
 
 
+@pytest.fixture(scope="module", autouse=True)
+def coarse_figures():
+  """Figures of few pixels: no test looks at them."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(style.STYLE, "savefig.dpi", 30)
+    yield
+
+
 @pytest.fixture(scope="module")
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
   run_dir = bare_run(tmp_path_factory.mktemp("runs") / "full", training_rows(110))
@@ -157,7 +165,8 @@ def test_scores_beside_pass_at_k_are_in_the_table(full_run):
   assert "Evaluation by command" not in page
 
 
-def test_results_of_make_eval_are_in_the_report(tmp_path):
+def test_results_of_make_eval_are_in_the_report(tmp_path, monkeypatch):
+  monkeypatch.setattr(report, "CHARTS", ())
   run_dir = bare_run(tmp_path, training_rows(2))
   policies = {"start": evaluation("math500", 0.3), "step <7>": evaluation("x/y", 0.4)}
   (run_dir / "eval").mkdir()
