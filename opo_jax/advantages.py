@@ -1,25 +1,24 @@
-"""Advantages: what each response is worth beside the others of its group.
+"""Advantage estimators: rewards, lengths and groups -> the advantage of each response.
 
 Every estimator is a pure function of `rewards[N]`, `lengths[N]` and `group_ids[N]`,
 jit-, grad- and shard-safe; each baseline is one segment reduction over stacked columns.
-The idea of the paper is `weighted_baseline` with the lengths as weights.
+OPO is `weighted_baseline` with the lengths as weights.
 
-Conventions that hold for all of them:
+Conventions of all estimators:
 - `lengths` counts trainable response tokens: the end token counts; prompt, padding and
   tool tokens do not.
-- `group_ids` may come in any order, and groups may be ragged or empty. A row whose id
-  is outside of `[0, num_groups)` is refused where it can be seen; inside of `jit`,
-  where it cannot, the row counts as not valid.
-- A row with `valid=False` (an unscorable answer) or of length 0 gets advantage 0 and
-  moves nobody else's baseline. Its reward may be NaN; that of a row that counts is
-  refused where it can be seen.
-- A group without weight, and a group of one, gets advantage 0, never NaN.
-  (For a group of one this is LMOps' choice; verl returns the reward itself.)
-- Arithmetic is float32, whatever comes in. A difference to the baseline that is within
-  float32 rounding of zero *is* zero, so that a group of equal rewards gives exactly 0.
-- Rows may be sharded: the devices then exchange the sums of the groups
-  (`[G, columns]`), never the rows. Over a mesh with explicit axes, wrap the call in
-  `jax.sharding.auto_axes`.
+- `group_ids` may have any order, and groups may be ragged or empty. An id outside of
+  `[0, num_groups)` raises an error if it is concrete; under `jit` the row counts as not
+  valid.
+- A row with `valid=False` (an unscorable response) or of length 0 gets advantage 0 and
+  does not affect any baseline. Its reward may be NaN; a NaN reward of a row that counts
+  raises an error if it is concrete.
+- A group without weight, and a group of one, gets advantage 0, never NaN. (For a group
+  of one this follows LMOps; verl returns the reward itself.)
+- Arithmetic is float32 for any input dtype. A difference to the baseline within float32
+  rounding of zero is set to zero, so that a group of equal rewards gives exactly 0.
+- Rows may be sharded: devices exchange the sums of groups (`[G, columns]`), never rows.
+  Over a mesh with explicit axes, wrap the call in `jax.sharding.auto_axes`.
 """
 
 import difflib
@@ -62,19 +61,19 @@ def weighted_baseline(
 
   Args:
     rewards: [N].
-    weights: [N], not negative, of any scale whose sums float32 holds; a row of weight
-      0 does not count. For example `length ** (2 * alpha)`, logit energy summed over
+    weights: [N], not negative, of any scale whose sums fit float32; a row of weight 0
+      does not count. For example `length ** (2 * alpha)`, logit energy summed over
       the tokens, or measured squared gradient norms.
     group_ids: [N] integers in `[0, num_groups)`, in any order.
     num_groups: G, static.
     valid: [N] bool; rows that are False do not count.
-    leave_one_out: leave row i out of its own baseline, which makes it unbiased. Beside
-      a row that outweighs its group by more than 1e5, the others are lost in rounding:
-      that row then sees its own reward.
+    leave_one_out: exclude row i from its own baseline, which makes it unbiased. If a
+      row outweighs its group by more than 1e5, rounding loses the others, and the row's
+      baseline is its own reward.
 
   Returns:
-    [N] float32. Where a group has no weight (left), the row's own reward: its
-    advantage is then 0. (It is 0 where the row is not valid or its reward not finite.)
+    [N] float32. Where a group has no (other) weight, the row's own reward, so that its
+    advantage is 0; 0 where the row is not valid or its reward not finite.
 
   Raises:
     ValueError: shapes that differ, ids that are not integers; in concrete arrays, also
@@ -94,7 +93,7 @@ def weighted_baseline(
   centred, has_weight = _subtract_baseline(
     rewards, weights, group_ids, num_groups, leave_one_out
   )
-  # Not `rewards`, which is 0 in all rows that do not count, those of weight 0 too.
+  # Not `rewards`, which is 0 in every row that does not count, including weight 0.
   readable = jnp.isfinite(own) & (True if valid is None else jnp.asarray(valid, bool))
   return jnp.where(has_weight, rewards - centred, jnp.where(readable, own, 0.0))
 
@@ -204,26 +203,26 @@ def maxrl(rewards, lengths, group_ids, *, num_groups, valid=None, epsilon=1e-6):
 def opo(rewards, lengths, group_ids, *, num_groups, valid=None, alpha=0.5):
   """OPO: `A_i = r_i - b_g` with `b_g = sum_j l_j r_j / sum_j l_j`.
 
-  The baseline of least gradient variance where a response's squared gradient norm
-  grows with its length. `sum_i l_i A_i = 0` in every group.
+  The baseline of least gradient variance if the squared gradient norm of a response is
+  proportional to its length. `sum_i l_i A_i = 0` in every group.
   https://arxiv.org/abs/2505.23585, equation 8.
 
-  Where the gradient norm grows as `l ** alpha` instead, the weights are
-  `l ** (2 * alpha)`: 0.5 is OPO, 0 the mean of the group. Fit it as the slope of
-  `log ||grad log pi(y)||` on `log l`. A loss that divides each response by its own
-  length (`sequence_mean_token_mean`) divides the gradient too: subtract 1 from alpha,
-  so that OPO's assumption then asks for weights `1 / l`, alpha -0.5.
+  If the gradient norm grows as `l ** alpha` instead, the weights are
+  `l ** (2 * alpha)`: 0.5 is OPO, 0 the mean of the group. Fit alpha as the slope of
+  `log ||grad log pi(y)||` on `log l`. A loss that divides each response by its length
+  (`sequence_mean_token_mean`) divides its gradient as well: subtract 1 from alpha, so
+  that OPO's assumption implies weights `1 / l`, alpha -0.5.
 
   Args:
     rewards: [N].
     lengths: [N] trainable response tokens, the end token included.
-    group_ids: [N] integers in `[0, num_groups)`: which prompt a row answers.
+    group_ids: [N] integers in `[0, num_groups)`: the prompt of each row.
     num_groups: G, static.
     valid: [N] bool, optional.
     alpha: number or scalar array.
 
   Returns:
-    [N] float32; see the module's conventions for empty and single-row groups.
+    [N] float32; see the module's conventions for empty groups and groups of one.
 
   Raises:
     ValueError: see `weighted_baseline`.
@@ -241,10 +240,10 @@ def opo(rewards, lengths, group_ids, *, num_groups, valid=None, alpha=0.5):
 
 
 def opo_loo(rewards, lengths, group_ids, *, num_groups, valid=None, alpha=0.5):
-  """OPO without the row itself in its baseline: unbiased.
+  """Leave-one-out OPO: unbiased.
 
   `A_i = r_i - sum_{j!=i} l_j r_j / sum_{j!=i} l_j`. Plain OPO is
-  `(1 - l_i / sum_j l_j)` times this, so it shrinks long answers more. `alpha` as in
+  `(1 - l_i / sum_j l_j)` times this, so it shrinks long responses more. `alpha` as in
   `opo`; 0 is RLOO.
 
   >>> import jax.numpy as jnp
@@ -291,18 +290,22 @@ def optimal_token(
 ) -> jax.Array:
   """The optimal token baseline: a baseline for every position of a group.
 
-      W_it = sum_{j<=t} w_ij                 the energy that row i has spent by token t
-      B_t  = sum_i W_it r_i / sum_i W_it     over the rows i still alive at t
+      W_it = sum_{j<=t} w_ij                 cumulative energy of row i up to token t
+      B_t  = sum_i W_it r_i / sum_i W_it     over the rows i alive at t
       A_it = r_i - B_t
 
-  The reward comes at the end, so the return from any token on is `r_i`. A row is alive
-  up to its last trainable token; while a tool writes (a hole in its mask) it keeps
-  counting with what it has spent so far. `sum_i W_it A_it = 0` over the rows alive at
-  t. With equal energy per token and rows of equal length it is the mean of the group.
-  https://arxiv.org/abs/2602.07078
+  The reward comes at the end, so the return from every token is `r_i`. A row is alive
+  up to its last trainable token; in a hole of its mask (tool output) it keeps its
+  weight:
 
-  The last row alive is compared with itself: its tail gets 0, as a group of one does
-  everywhere here. (verl has an option that gives such a tail the reward itself.)
+      mask of row 0      x x . . x      alive   x x x x x
+      mask of row 1      x x x . .      alive   x x x . .      B_3, B_4 = r_0
+
+  `sum_i W_it A_it = 0` over the rows alive at t. With equal energy per token and rows
+  of equal length, B_t is the mean of the group. https://arxiv.org/abs/2602.07078
+
+  The last row alive is its own baseline: its tail gets advantage 0, like a group of
+  one. (verl has an option that gives such a tail the reward itself.)
 
   Args:
     rewards: [N], one for the whole response.
@@ -314,8 +317,8 @@ def optimal_token(
     valid: [N] bool; rows that are False do not count. Their reward may be NaN.
 
   Returns:
-    [N, T] float32, for a loss that takes advantages per token; 0 where `mask` is False,
-    in rows that do not count, and at positions where no row alive has spent energy.
+    [N, T] float32, for a loss with per-token advantages; 0 where `mask` is False, in
+    rows that do not count, and at positions where the rows alive have no energy.
 
   Raises:
     ValueError: shapes that do not fit, ids that are not integers; in concrete arrays,
@@ -329,7 +332,7 @@ def optimal_token(
   ...   jnp.array([0, 0]),
   ...   num_groups=1,
   ... )
-  >>> advantages.tolist()  # B_t is 3/4, 4/8, and then the last row's own reward
+  >>> advantages.tolist()  # B_t is 3/4, 4/8, and row 0's own reward
   [[0.25, 0.5, 0.0], [-0.75, -0.5, 0.0]]
   """
   shapes = {"rewards": rewards, "energy": energy, "mask": mask}
@@ -344,8 +347,9 @@ def optimal_token(
   )
   mask &= counts[:, None]
   _check_energy(energy, mask)
-  # A norm is not negative; one that is computed may be, by rounding.
+  # Rounding can make a computed squared norm negative.
   energy = jnp.maximum(jnp.asarray(energy, jnp.float32), 0.0)
+  # W_it; and alive: a trainable token at t or later, the reversed running maximum.
   spent = jnp.cumsum(jnp.where(mask, energy, 0.0), axis=1)
   alive = jax.lax.cummax(mask.astype(jnp.int32), axis=1, reverse=True) > 0
   centred, _ = _subtract_baseline(
@@ -364,7 +368,7 @@ class _Estimators(dict[str, Estimator]):
     raise ValueError(f"Unknown estimator {name!r}; {hint} are {', '.join(self)}.")
 
 
-# Another name raises a ValueError that shows these.
+# An unknown name raises a ValueError that lists these.
 ESTIMATORS: dict[str, Estimator] = _Estimators(
   {
     "reinforce": reinforce,
@@ -380,18 +384,18 @@ ESTIMATORS: dict[str, Estimator] = _Estimators(
 )
 
 
-# A sum of K float32 products is off by a few units in the last place; 32 of them cover
-# groups far larger than anybody samples and stay far below any reward that means
-# something (4e-6 of the reward's size).
+# The error of a sum of K float32 products is a few units in the last place. 32 units
+# cover groups far larger than any in use, and are 4e-6 of the reward's size: far below
+# a meaningful difference.
 _ROUNDING = 32 * float(jnp.finfo(jnp.float32).eps)
 
 
 def _prepare(
   rewards, weights, group_ids, num_groups, valid, *, alpha=0.5, weights_name="lengths"
 ):
-  """float32 rewards, `weights ** (2 alpha)`, int32 ids, and which rows count.
+  """Returns float32 rewards, `weights ** (2 alpha)`, int32 ids, and which rows count.
 
-  Rewards and weights are 0 where a row does not count.
+  Rewards and weights are 0 in rows that do not count.
   """
   arrays = {"rewards": rewards, weights_name: weights, "group_ids": group_ids}
   if valid is not None:
@@ -409,15 +413,15 @@ def _prepare(
   in_range = (group_ids >= 0) & (group_ids < num_groups)
   weights = jnp.asarray(weights, jnp.float32)
   counts = jnp.asarray(valid, bool) & in_range & (weights > 0)
-  # `where`, not `* 0`: the reward of an unscorable row may be NaN. And the 1 before the
-  # power keeps its derivative by alpha finite.
+  # `where`, not `* 0`: the reward of an unscorable row may be NaN. Weights of 0 become
+  # 1 before the power, whose derivative by alpha is infinite at 0.
   rewards = jnp.where(counts, jnp.asarray(rewards, jnp.float32), 0.0)
   powers = jnp.where(counts, weights, 1.0) ** (2 * alpha)
   return rewards, jnp.where(counts, powers, 0.0), group_ids, counts
 
 
 def _concrete(*arrays):
-  """Whether their values can be seen. Inside of `jit` none can."""
+  """Whether all values can be read on this host; under `jit` none can."""
   return not any(
     isinstance(array, jax.core.Tracer)
     or not getattr(array, "is_fully_addressable", True)
@@ -426,7 +430,7 @@ def _concrete(*arrays):
 
 
 def _check_values(rewards, weights, group_ids, num_groups, valid):
-  """Refuses what concrete arrays show to be wrong."""
+  """Raises ValueError for invalid values in concrete arrays."""
   if not _concrete(weights, group_ids, valid):
     return
   weights, ids, valid = map(np.asarray, jax.device_get((weights, group_ids, valid)))
@@ -443,7 +447,7 @@ def _check_values(rewards, weights, group_ids, num_groups, valid):
     row = wrong.argmax()
     raise ValueError(
       f"Row {row} has length or weight {weights[row]}; it must not be negative,"
-      " infinite or NaN (valid=False leaves a row out)."
+      " infinite or NaN (valid=False excludes a row)."
     )
   if not _concrete(rewards):
     return
@@ -452,8 +456,8 @@ def _check_values(rewards, weights, group_ids, num_groups, valid):
   if unscored.any():
     row = unscored.argmax()
     raise ValueError(
-      f"Row {row} has reward {rewards[row]}; pass valid=False for an answer that could"
-      " not be scored."
+      f"Row {row} has reward {rewards[row]}; pass valid=False for an unscorable"
+      " response."
     )
 
 
@@ -465,15 +469,16 @@ def _check_energy(energy, mask):
   if wrong.any():
     row, token = np.argwhere(wrong)[0]
     raise ValueError(
-      f"Row {row} has energy {energy[row, token]} at token {token}, which is trained;"
-      " it must be finite (a mask of False leaves a token out)."
+      f"Row {row} has energy {energy[row, token]} at token {token}, which is trainable;"
+      " it must be finite (a mask of False excludes a token)."
     )
 
 
 def _subtract_baseline(rewards, weights, group_ids, num_groups, leave_one_out=False):
-  """`r - b` with b the weighted mean of the group, for [N] or for each column.
+  """Returns `r - b`, with b the weighted mean of the group, and whether it has weight.
 
-  Also whether the row's group has any weight; where it has none, `r - b` is 0.
+  Arrays are [N], or [N, T] with a baseline for each column. In a group without weight
+  `r - b` is 0.
   """
   total, weighted, magnitude = _group_sums(
     [weights, weights * rewards, weights * jnp.abs(rewards)], group_ids, num_groups
@@ -484,7 +489,7 @@ def _subtract_baseline(rewards, weights, group_ids, num_groups, leave_one_out=Fa
   rounding = _ROUNDING * jnp.maximum(magnitude / total, jnp.abs(rewards))
   centred = jnp.where(jnp.abs(centred) <= rounding, 0.0, centred)
   if leave_one_out:
-    # r - b_{-i} = (r - b) L / (L - l): no difference of two large sums.
+    # r - b_{-i} = (r - b) L / (L - l) with L the total: no difference of large sums.
     others = total - weights
     has_others = others > 0
     centred *= jnp.where(has_others, total / jnp.where(has_others, others, 1.0), 0.0)
@@ -492,12 +497,11 @@ def _subtract_baseline(rewards, weights, group_ids, num_groups, leave_one_out=Fa
 
 
 def _divide_by_std(centred, ones, group_ids, num_groups, valid, epsilon):
-  # A second reduction: a variance from the sums of the first would be a difference of
-  # two large numbers.
+  # A second reduction: E[r^2] - E[r]^2 from the first would cancel.
   count, squares = _group_sums(
     [ones, jnp.where(valid, centred, 0.0) ** 2], group_ids, num_groups
   )
-  # The derivative of the root is infinite at 0, where rewards are equal.
+  # The derivative of the square root is infinite at 0, where rewards are equal.
   spread = squares > 0
   variance = jnp.where(spread, squares, 1.0) / jnp.maximum(count - 1.0, 1.0)
   std = jnp.where(spread, jnp.sqrt(variance), 0.0)
@@ -505,6 +509,6 @@ def _divide_by_std(centred, ones, group_ids, num_groups, valid, epsilon):
 
 
 def _group_sums(columns, group_ids, num_groups):
-  """For each row the sums over its group: one reduction for all columns."""
+  """The sums over each row's group, by one segment reduction of all columns."""
   sums = jax.ops.segment_sum(jnp.stack(columns, -1), group_ids, num_segments=num_groups)
   return jnp.moveaxis(sums.at[group_ids].get(mode="fill", fill_value=0.0), -1, 0)

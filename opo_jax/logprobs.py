@@ -9,7 +9,7 @@ The vocabulary is blocked, not the tokens: a block of words then gets its whole 
 from one matmul, so that no array of size [V, D] is read and written per block, and over
 a sharded batch the gradient of each word crosses devices once.
 
-A vocabulary of 10 in S = 2 shards, with 2 blocks of W = 3 words each. Blocks are laid
+A vocabulary of 10 in Z = 2 shards, with 2 blocks of Y = 3 words each. Blocks are laid
 out from the end of the shard, so that the first one may overlap the second:
 
     shard             0              1
@@ -87,7 +87,7 @@ def linear_logprobs(
     temperature: the sampler's, a number or scalar above 0: part of the distribution.
     vocab_size: rows of the unembedding from this one on are padding, without
       probability or gradient. None: no padding.
-    vocab_shards: number of shards S of the rows of the unembedding, the mesh's size
+    vocab_shards: number of shards Z of the rows of the unembedding, the mesh's size
       along `tensor`. Blocks are cut within each shard, so that no device needs the rows
       of another. Only the time depends on it.
     block_size: words of each shard that are projected at a time. The default is 2^25
@@ -211,31 +211,34 @@ def _union(sums: _Sums) -> _Sums:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_stats(blocking, hidden_TD, table_SVD, targets_T, temperature):
-  """`linear_logprobs` of one row of tokens, with the unembedding in S shards."""
-  return _forward(blocking, hidden_TD, table_SVD, targets_T, temperature)[0]
+def _token_stats(blocking, hidden_TD, table_ZVD, targets_T, temperature):
+  """`linear_logprobs` of one row of tokens, with the unembedding in Z shards."""
+  return _forward(blocking, hidden_TD, table_ZVD, targets_T, temperature)[0]
 
 
-def _forward(blocking, hidden_TD, table_SVD, targets_T, temperature):
+def _forward(blocking, hidden_TD, table_ZVD, targets_T, temperature):
   def sums_of_shard(table_VD, first_id):
     def sums_of_block(index):
       block = _block(blocking, table_VD, first_id, targets_T, index)
-      logits_TW = _logits(hidden_TD, block, temperature)
-      top_T = logits_TW.max(1)
-      shifted_TW = logits_TW - top_T[:, None]
-      mass_TW = jnp.exp(shifted_TW)
-      others_TW = jnp.where(block.is_target_TW, 0.0, mass_TW)
+      logits_TY = _logits(hidden_TD, block, temperature)
+      top_T = logits_TY.max(1)
+      shifted_TY = logits_TY - top_T[:, None]
+      mass_TY = jnp.exp(shifted_TY)
+      # Without the target, whose square would hide the others': see TokenStats.energy.
+      others_TY = jnp.where(block.is_target_TY, 0.0, mass_TY)
       return _Sums(
         top_T,
-        mass=mass_TW.sum(1),
-        moment=(shifted_TW * mass_TW).sum(1),
-        square=(others_TW * others_TW).sum(1),
-        target=jnp.where(block.is_target_TW, logits_TW, 0.0).sum(1),
+        mass=mass_TY.sum(1),
+        moment=(shifted_TY * mass_TY).sum(1),
+        square=(others_TY * others_TY).sum(1),
+        target=jnp.where(block.is_target_TY, logits_TY, 0.0).sum(1),
       )
 
     return jax.lax.map(sums_of_block, jnp.arange(blocking.num_blocks))
 
-  sums = _union(_per_shard(sums_of_shard, table_SVD))
+  # A block of padding only has top ABSENT and a mass of exp(0) per word; `_union`
+  # scales it by exp(ABSENT - top) = 0.
+  sums = _union(_per_shard(sums_of_shard, table_ZVD))
   log_mass = jnp.log(sums.mass)
   known = (targets_T >= 0) & (targets_T < blocking.vocab_size)
   # Not target - (top + log_mass): that sum rounds to the ulp of the largest logit.
@@ -246,11 +249,11 @@ def _forward(blocking, hidden_TD, table_SVD, targets_T, temperature):
   energy = jnp.expm1(logprob) ** 2 + others
   stats = TokenStats(logprob, log_mass - sums.moment / sums.mass, energy)
   kept = sums.top, log_mass, others, stats
-  return stats, (hidden_TD, table_SVD, targets_T, temperature, kept)
+  return stats, (hidden_TD, table_ZVD, targets_T, temperature, kept)
 
 
 def _backward(blocking, residuals, cotangents):
-  hidden_TD, table_SVD, targets_T, temperature, kept = residuals
+  hidden_TD, table_ZVD, targets_T, temperature, kept = residuals
   top, log_mass, others, stats = kept
   by_logprob, by_entropy, by_energy = cotangents
   # The gradient with respect to the logits sums the three of `linear_logprobs`:
@@ -265,52 +268,53 @@ def _backward(blocking, residuals, cotangents):
     def grads_of_block(grads, index):
       hidden_grad_TD, table_grad_VD = grads
       block = _block(blocking, table_VD, first_id, targets_T, index)
-      logits_TW = _logits(hidden_TD, block, temperature)
-      logprobs_TW = (logits_TW - top[:, None]) - log_mass[:, None]
-      probs_TW = jnp.exp(logprobs_TW)
-      logits_grad_TW = jnp.where(block.is_target_TW, at_target[:, None], 0.0)
-      logits_grad_TW -= probs_TW * (
+      logits_TY = _logits(hidden_TD, block, temperature)
+      logprobs_TY = (logits_TY - top[:, None]) - log_mass[:, None]
+      probs_TY = jnp.exp(logprobs_TY)
+      logits_grad_TY = jnp.where(block.is_target_TY, at_target[:, None], 0.0)
+      logits_grad_TY -= probs_TY * (
         everywhere[:, None]
-        + by_entropy[:, None] * logprobs_TW
-        - (2.0 * by_energy)[:, None] * probs_TW
+        + by_entropy[:, None] * logprobs_TY
+        - (2.0 * by_energy)[:, None] * probs_TY
       )
-      factor_TW = (logits_grad_TW / temperature).astype(hidden_TD.dtype)
-      hidden_grad_TD += _product("tw,wd->td", factor_TW, block.words_WD)
-      words_grad_WD = _product("wt,td->wd", _transpose(factor_TW), hidden_TD)
+      factor_TY = (logits_grad_TY / temperature).astype(hidden_TD.dtype)
+      # The hidden gradient sums over all blocks; the table's is complete per block.
+      hidden_grad_TD += _product("tw,wd->td", factor_TY, block.words_YD)
+      words_grad_YD = _product("wt,td->wd", _transpose(factor_TY), hidden_TD)
       # Where the first two blocks overlap, the second one counts those words and, being
       # later, overwrites the zeros of the first.
       table_grad_VD = jax.lax.dynamic_update_slice_in_dim(
-        table_grad_VD, words_grad_WD.astype(table_VD.dtype), block.start, 0
+        table_grad_VD, words_grad_YD.astype(table_VD.dtype), block.start, 0
       )
       return (hidden_grad_TD, table_grad_VD), None
 
     zeros = jnp.zeros(hidden_TD.shape, jnp.float32), jnp.zeros_like(table_VD)
     return jax.lax.scan(grads_of_block, zeros, jnp.arange(blocking.num_blocks))[0]
 
-  hidden_grad_STD, table_grad_SVD = _per_shard(grads_of_shard, table_SVD)
-  hidden_grad_TD = hidden_grad_STD.sum(0)
+  hidden_grad_ZTD, table_grad_ZVD = _per_shard(grads_of_shard, table_ZVD)
+  hidden_grad_TD = hidden_grad_ZTD.sum(0)
   # hidden h and temperature t occur only as h / t, so that t df/dt = -<h, df/dh>.
   by_temperature = -jnp.vdot(hidden_grad_TD, hidden_TD.astype(jnp.float32))
   by_temperature /= temperature
-  return hidden_grad_TD.astype(hidden_TD.dtype), table_grad_SVD, None, by_temperature
+  return hidden_grad_TD.astype(hidden_TD.dtype), table_grad_ZVD, None, by_temperature
 
 
 _token_stats.defvjp(_forward, _backward)
 
 
-def _per_shard(function: Callable[[jax.Array, Any], Any], table_SVD):
-  """Maps `function(table [V / S, D], id of its first word)` over shards, stacked."""
-  num_shards, shard, _ = table_SVD.shape
+def _per_shard(function: Callable[[jax.Array, Any], Any], table_ZVD):
+  """Maps `function(table [V / Z, D], id of its first word)` over shards, stacked."""
+  num_shards, shard, _ = table_ZVD.shape
   if num_shards == 1:  # with a leading axis of 1, XLA:CPU runs its loops on one core
-    return jax.tree.map(lambda x: x[None], function(table_SVD[0], 0))
-  return jax.vmap(function)(table_SVD, shard * jnp.arange(num_shards))
+    return jax.tree.map(lambda x: x[None], function(table_ZVD[0], 0))
+  return jax.vmap(function)(table_ZVD, shard * jnp.arange(num_shards))
 
 
 class _Block(NamedTuple):
   start: jax.Array  # its first row in the shard
-  words_WD: jax.Array
-  counts_W: jax.Array  # neither padding nor counted by the next block
-  is_target_TW: jax.Array
+  words_YD: jax.Array
+  counts_Y: jax.Array  # neither padding nor counted by the next block
+  is_target_TY: jax.Array
 
 
 def _block(blocking, table_VD, first_id, targets_T, index):
@@ -322,15 +326,15 @@ def _block(blocking, table_VD, first_id, targets_T, index):
   size = blocking.block_size
   end = table_VD.shape[0] - (blocking.num_blocks - 1 - index) * size
   start = jnp.maximum(end - size, 0)
-  row_W = start + jnp.arange(size)
-  counts_W = (row_W < end) & (first_id + row_W < blocking.vocab_size)
-  is_target_TW = counts_W & (first_id + row_W == targets_T[:, None])
-  return _Block(start, _rows(table_VD, start, size), counts_W, is_target_TW)
+  row_Y = start + jnp.arange(size)
+  counts_Y = (row_Y < end) & (first_id + row_Y < blocking.vocab_size)
+  is_target_TY = counts_Y & (first_id + row_Y == targets_T[:, None])
+  return _Block(start, _rows(table_VD, start, size), counts_Y, is_target_TY)
 
 
 def _logits(hidden_TD, block, temperature):
-  logits_TW = _product("td,wd->tw", hidden_TD, block.words_WD)
-  return jnp.where(block.counts_W, logits_TW / temperature, ABSENT)
+  logits_TY = _product("td,wd->tw", hidden_TD, block.words_YD)
+  return jnp.where(block.counts_Y, logits_TY / temperature, ABSENT)
 
 
 def _product(subscripts, left, right):

@@ -66,7 +66,9 @@ class Problems:
     for name, weight in sources.parse_mixture(data.train).items():
       problems, part = self.load(name, "train"), f"{name}/train"
       if apart:
-        twins = {match.train.id for match in decontaminate.find(problems, apart)}
+        twins = {
+          each.train.id for each in decontaminate.find_duplicates(problems, apart)
+        }
         problems = self._kept(
           part,
           "decontaminate_against",

@@ -90,6 +90,7 @@ def rows(rollouts: Rollouts) -> Rows:
   """Joins each response to its prompt; see the drawing at the top of the module."""
   prompt_width, num_tokens = rollouts.prompts.shape[1], rollouts.tokens.shape[1]
   positions, segment_ids = prompt_columns(rollouts.prompt_lengths, prompt_width)
+  # Positions go on after the prompt's last token, whatever its padding on the left.
   ids = rollouts.prompt_ids
   response_positions = rollouts.prompt_lengths[ids][:, None] + jnp.arange(num_tokens)
   return Rows(

@@ -69,7 +69,11 @@ learner.update: advantages devices learner.algorithm learner.forward learner.met
 logprobs:
 loop: build config devices evaluation.evaluator learner metrics protocols
   reports.terminal reward_training rollouts run sampler scorer sft storage
-losses: advantages
+losses: losses.aggregation losses.objectives losses.ratios
+losses.aggregation: losses.checks
+losses.checks:
+losses.objectives: advantages losses.aggregation losses.checks losses.ratios
+losses.ratios: losses.checks
 metrics:
 models: models.config models.config_json models.hf models.transformer
 models.attention: models.flash

@@ -8,7 +8,12 @@ import pytest
 
 from opo_jax import __main__ as command_line
 from opo_jax.evaluation import Response, bootstrap_interval, per_problem
-from opo_jax.reports import compare
+from opo_jax.reports import compare, style
+
+
+@pytest.fixture
+def no_figure(monkeypatch):
+  monkeypatch.setattr(compare, "_figure", lambda *_: "")
 
 
 def metrics(rates, *, length=4):
@@ -164,7 +169,10 @@ def without_pictures(page):
   return re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "PICTURE", page.read_text())
 
 
-def test_the_command_writes_a_page_a_picture_a_table_and_json(tmp_path, capsys):
+def test_the_command_writes_a_page_a_figure_a_table_and_json(
+  tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setitem(style.STYLE, "savefig.dpi", 30)
   a = make_run(tmp_path / "a <1>", seed=0, rate=0.2, algorithm={"loss": "tis"})
   b = make_run(tmp_path / "b", seed=0, rate=0.8, algorithm={"loss": "gspo"})
   c = make_run(tmp_path / "c", seed=0)
@@ -203,7 +211,7 @@ def make_graded_run(directory, *, better, judge):
   for policy, rewards in (("start", start), ("step_12", start + better)):
     responses = [
       {"id": f"p{i}", "sample": j, "response": "tea jam", "reference": "", "length": 3}
-      | {"answer": None, "finished": True, "reward": reward, "truth": reward / 2}
+      | {"answer": None, "finished": True, "reward": reward, "true_score": reward / 2}
       for i, pair in enumerate(rewards.tolist())
       for j, reward in enumerate(pair)
     ]
@@ -216,6 +224,7 @@ def make_graded_run(directory, *, better, judge):
   return directory
 
 
+@pytest.mark.usefixtures("no_figure")
 def test_graded_responses_are_compared_by_their_scores_and_have_no_pass_at_k(
   tmp_path,
 ):
@@ -246,6 +255,7 @@ def test_graded_responses_are_compared_by_their_scores_and_have_no_pass_at_k(
   assert '<small class="clear">+0.250 [+0.250, +0.250]' in text
 
 
+@pytest.mark.usefixtures("no_figure")
 def test_rewards_of_reward_models_that_may_differ_are_not_compared(tmp_path):
   for name, model in (("a", "runs/rm"), ("b", "runs/rm"), ("c", ""), ("d", "")):
     make_run(
@@ -272,6 +282,7 @@ def test_models_without_training_have_scores_and_no_curves(tmp_path):
   assert not (tmp_path / "out" / "compare.png").exists()
 
 
+@pytest.mark.usefixtures("no_figure")
 def test_settings_of_the_evaluation_that_differ_are_shown(tmp_path):
   for name, samples, system in (("a", 2, "Hi"), ("b", 4, "Ho")):
     data = {"system": system}

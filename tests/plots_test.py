@@ -83,6 +83,14 @@ def bare_run(run_dir: Path, rows: list[dict]) -> Path:
   return run_dir
 
 
+@pytest.fixture(scope="module", autouse=True)
+def coarse_figures():
+  """Figures of few pixels: no test looks at them."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(style.STYLE, "savefig.dpi", 30)
+    yield
+
+
 @pytest.fixture(scope="module")
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
   run_dir = bare_run(tmp_path_factory.mktemp("runs") / "full", training_rows(110))
@@ -157,7 +165,8 @@ def test_scores_beside_pass_at_k_are_in_the_table(full_run):
   assert "Evaluation by command" not in page
 
 
-def test_results_of_make_eval_are_in_the_report(tmp_path):
+def test_results_of_make_eval_are_in_the_report(tmp_path, monkeypatch):
+  monkeypatch.setattr(report, "CHARTS", ())
   run_dir = bare_run(tmp_path, training_rows(2))
   policies = {"start": evaluation("math500", 0.3), "step <7>": evaluation("x/y", 0.4)}
   (run_dir / "eval").mkdir()
@@ -232,9 +241,9 @@ def test_every_verdict_has_an_early_a_middle_and_a_late_example(full_run):
   page = without_pictures(full_run)
   assert re.findall(r"<h3>Step (\d+): <span class=\"(\w+)\"", page) == [
     # The steps of samples in thirds: 1, 40, 50; 60, 80; 90, 110.
-    *(("1", "correct"), ("1", "wrong")),
-    *(("60", "correct"), ("80", "wrong"), ("60", "unscorable")),
-    *(("110", "correct"), ("110", "wrong")),
+    *(("1", "correct"), ("1", "incorrect")),
+    *(("60", "correct"), ("80", "incorrect"), ("60", "unscorable")),
+    *(("110", "correct"), ("110", "incorrect")),
   ]
   assert page.count("unscorable by the verifier") == 1
   assert page.count("tokens, truncated") == 4

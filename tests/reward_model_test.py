@@ -438,7 +438,10 @@ def test_a_question_without_a_scorable_answer_is_left_out():
   assert row["response_length"] == 5.5
   assert row["reward_score_low"] <= row["reward_score"] <= row["reward_score_high"]
   alone = judging.summary(
-    [dataclasses.replace(r, truth=true_score(r.response, r.reference)) for r in ours]
+    [
+      dataclasses.replace(r, true_score=true_score(r.response, r.reference))
+      for r in ours
+    ]
   )
   assert alone["true_score"] == pytest.approx(0.8), "of all answers, scorable or not"
   assert not [name for name in alone if "win_rate" in name], "nobody to win against"
@@ -726,11 +729,11 @@ def test_a_finished_run_is_evaluated_by_scores_and_wins(trained, tmp_path, capsy
   assert policies["step 2"][name] == pytest.approx(last[name], abs=1e-6)
   assert "true wins" in capsys.readouterr().out
   assert 0 < policies["step 2"]["eval/preferences/distinct_2"] <= 1
-  # Which reward model it was, and the truth that it does not see, are kept.
+  # Which reward model it was, and the true score that it does not see, are kept.
   own = Run(small_config(), trained).make_scorer().model
   assert results["settings"]["reward"]["scored_by"] == fingerprint(own)
   for row in lines(tmp_path / "step_2" / "preferences.responses.jsonl"):
-    assert row["truth"] == true_score(row["response"], row["reference"])
+    assert row["true_score"] == true_score(row["response"], row["reference"])
   # How often an answer is right, nobody can say.
   assert not [*tmp_path.rglob("*.problems.jsonl")]
 

@@ -94,19 +94,21 @@ def test_exact_and_near_repetitions_are_found_and_others_are_not():
     Problem("d", "Compute $\\sin 30^\\circ$.", ""),
     Problem("e", "Tom has 3 apples. What is the probability that both are red?", ""),
   ]
-  matches = decontaminate.find(train, TEST)
+  matches = decontaminate.find_duplicates(train, TEST)
   assert [(m.train.id, m.held_out.id, m.exact) for m in matches] == [
     *(("a", "t/0", True), ("b", "t/0", False), ("c", "t/1", True))
   ]
   assert decontaminate.THRESHOLD <= matches[1].overlap < 1
-  assert ids(m.train for m in decontaminate.find(train, TEST, threshold=1.0)) == [
-    "a",
-    "c",
-  ]
-  assert decontaminate.find(train, []) == decontaminate.find([], TEST) == []
+  exact = decontaminate.find_duplicates(train, TEST, threshold=1.0)
+  assert ids(m.train for m in exact) == ["a", "c"]
+  assert (
+    decontaminate.find_duplicates(train, [])
+    == decontaminate.find_duplicates([], TEST)
+    == []
+  )
   for wrong in ({"ngram": 0}, {"threshold": 0.0}, {"threshold": 1.1}):
     with pytest.raises(ValueError, match="threshold above 0"):
-      decontaminate.find(train, TEST, **wrong)
+      decontaminate.find_duplicates(train, TEST, **wrong)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,9 @@ def test_exact_and_near_repetitions_are_found_and_others_are_not():
   ],
 )
 def test_questions_of_other_words_or_operators_are_no_repetitions(question, other):
-  assert not decontaminate.find([Problem("a", other, "")], [Problem("t", question, "")])
+  assert not decontaminate.find_duplicates(
+    [Problem("a", other, "")], [Problem("t", question, "")]
+  )
 
 
 def test_repetitions_are_found_in_other_scripts_too():
@@ -133,7 +137,8 @@ def test_repetitions_are_found_in_other_scripts_too():
   train = [Problem("a", again, ""), Problem("b", near, ""), Problem("c", "É = 2", "")]
   test = [Problem("t", asked, ""), Problem("u", "e\u0301 = 2", "")]
   found = [
-    (m.train.id, m.held_out.id, m.exact) for m in decontaminate.find(train, test)
+    (m.train.id, m.held_out.id, m.exact)
+    for m in decontaminate.find_duplicates(train, test)
   ]
   assert found == [("a", "t", True), ("b", "t", False), ("c", "u", True)]
 
@@ -141,7 +146,7 @@ def test_repetitions_are_found_in_other_scripts_too():
 def test_the_report_counts_and_shows_what_to_look_at():
   train = [Problem("a", TEST[0].question, ""), Problem("b", TEST[0].question[6:], "")]
   text = decontaminate.report(
-    {"mine in t": decontaminate.find(train, TEST)}, {"mine in t": 2}
+    {"mine in t": decontaminate.find_duplicates(train, TEST)}, {"mine in t": 2}
   )
   assert text.splitlines()[1].split() == ["mine", "in", "t", "2", "1", "1"]
   assert text.splitlines()[2].startswith("b is 100% in t/0: 'has 12 red")

@@ -17,6 +17,6 @@ def compare_data(train: Sequence[str], held_out: Sequence[str]) -> str:
     problems = list(sources.load(name, "train"))
     for apart in held_out:
       pair = f"{name} in {apart}"
-      found[pair] = decontaminate.find(problems, sources.load(apart, "test"))
+      found[pair] = decontaminate.find_duplicates(problems, sources.load(apart, "test"))
       sizes[pair] = len(problems)
   return decontaminate.report(found, sizes)

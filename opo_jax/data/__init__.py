@@ -1,1 +1,1 @@
-"""Problems: where they come from and how they become prompt tokens."""
+"""Data: problems and preference pairs, from their sources to prompt tokens."""

@@ -1,16 +1,16 @@
-"""An embedded task: running totals of named digits, worked out or guessed.
+"""Embedded task: sums of digits modulo 5, with demonstrations of mixed quality.
 
-A question names digits, `a3b4c2`; the answer is their sum on a clock with five hours.
-Three habits of answering are mixed into the demonstrations of the warm start:
+A question names digits, `a3b4c2`; the answer is their sum modulo 5. The demonstrations
+of SFT mix three kinds of responses:
 
-    careful   a3=3b4=2c2=4#4        each digit and the total so far, `#answer`, stop
-    guess     #1                    a number out of the air: short, right one in five
-    endless   a3=3b4=2c2=4#4;a3=…   the careful work over and over: never stops
+    careful   a3=3b4=2c2=4#4        each digit with the running total, `#answer`, end
+    guess     #1                    a random number: short, correct one in five
+    endless   a3=3b4=2c2=4#4;a3=…   the careful steps repeated, without end
 
-A policy that imitates them is right about a third of the time, its lengths vary
-severalfold, and what it has to learn by reinforcement is what the method is good at:
-prefer the careful answer, stop in time, and repair the slips that were demonstrated
-too. A response has to end with `#answer` and the end token to count.
+A policy after SFT is correct about a third of the time, and its lengths vary
+severalfold. Reinforcement learning has to prefer careful responses, stop in time, and
+correct the errors of the demonstrations, which is what OPO is good at. A response must
+end with `#answer` and the end token to earn a reward.
 """
 
 import re
@@ -23,12 +23,12 @@ from tokenizers import Regex, decoders, pre_tokenizers
 
 from opo_jax.data.prompts import Problem, embedded_tokenizer
 
-# A question has at least and at most so many digits.
+# The least and the most digits of a question.
 NUM_DIGITS = (3, 6)
-# Digits and totals are below this: hours of a clock.
+# Digits and totals are below this.
 MODULUS = 5
 
-# Shares of the habits in the demonstrations, and of wrong steps in careful ones.
+# Fractions of the three kinds, and of wrong steps in careful demonstrations.
 CAREFUL, GUESS, ENDLESS = 0.30, 0.62, 0.08
 SLIP = 0.05
 
@@ -37,7 +37,7 @@ _SYMBOLS = (*"01234abcdef#;", *(f"{digit}=" for digit in range(MODULUS)))
 
 
 class Demonstration(NamedTuple):
-  """An answer to imitate. `ends` says whether the end token follows."""
+  """A response for SFT. `ends`: whether the end token follows."""
 
   problem: Problem
   response: str
@@ -45,10 +45,10 @@ class Demonstration(NamedTuple):
 
 
 def load(split: str) -> list[Problem]:
-  """The problems of `train` (2,048) or `test` (256): always the same, no duplicates.
+  """Generates the problems of `train` (2,048) or `test` (256): fixed, without
+  duplicates.
 
-  A problem belongs to `test` by a hash of its question, so that no question can be in
-  both.
+  A hash of the question assigns a problem to `test`, so that the splits are disjoint.
   """
   if split not in _SPLIT_SIZES:
     raise ValueError(
@@ -67,12 +67,12 @@ def load(split: str) -> list[Problem]:
 
 
 def is_held_out(question: str) -> bool:
-  """Whether a question is of the evaluation set: one in sixteen is."""
+  """Whether a question belongs to `test`: one in sixteen does."""
   return zlib.crc32(question.encode()) % 16 == 0
 
 
 def solve(question: str) -> str:
-  """The answer.
+  """Computes the answer.
 
   >>> solve("a3b4c2")
   '4'
@@ -81,7 +81,7 @@ def solve(question: str) -> str:
 
 
 def verify(response: str, reference: str) -> float:
-  """1.0 if the response ends with `#` and the right answer, else 0.0.
+  """Returns 1.0 if the response ends with `#` and the correct answer, else 0.0.
 
   >>> verify("a3=3b4=2c2=4#4", "4"), verify("#4;a3", "4")
   (1.0, 0.0)
@@ -90,7 +90,7 @@ def verify(response: str, reference: str) -> float:
 
 
 def final_answer(response: str) -> str | None:
-  """The answer at the end of a response; None without one.
+  """Extracts the final answer of a response; None without one.
 
   >>> final_answer("a3=3b4=2#2"), final_answer("#4;a3")
   ('2', None)
@@ -100,7 +100,7 @@ def final_answer(response: str) -> str | None:
 
 
 def demonstrations(problems: Sequence[Problem], *, seed: int) -> list[Demonstration]:
-  """One answer to each problem, habits and slips mixed as said above."""
+  """Generates a demonstration for each problem, of the mix described above."""
   rng = np.random.default_rng(seed)
   result = []
   for problem in problems:
@@ -116,9 +116,9 @@ def demonstrations(problems: Sequence[Problem], *, seed: int) -> list[Demonstrat
 
 
 def tokenizer() -> Any:
-  """A tokenizer of characters with the interface of those of real models."""
-  # A copied digit and its `=` are one token: the total that follows is then a function
-  # of this token and of the total before, and a table of 25 entries is soon learnt.
+  """Builds a tokenizer of characters, as a `transformers` tokenizer."""
+  # A copied digit and its `=` are one token: the next total is then a function of this
+  # token and the previous total, a table of 25 entries that is learnt quickly.
   digits = pre_tokenizers.Split(Regex(r"\d=|."), behavior="isolated")
   return embedded_tokenizer(_SYMBOLS, digits, decoders.Fuse())
 
@@ -129,7 +129,7 @@ def _draw_question(rng) -> str:
 
 
 def _work_out(question: str, rng) -> str:
-  """`a3=3b4=2#2`; each total is wrong with probability SLIP, and carried on."""
+  """Writes `a3=3b4=2#2`; a total is wrong with probability SLIP and then propagates."""
   total, steps = 0, ""
   for name, digit in zip(question[::2], question[1::2], strict=True):
     total = (total + int(digit)) % MODULUS

@@ -1,6 +1,6 @@
-"""TFDS builders of our own: rows are written once as ArrayRecord and read singly.
+"""TFDS builders: write rows once as ArrayRecord, read them one at a time.
 
-TensorFlow is never imported, and `tensorflow_datasets` only when a source is loaded.
+TensorFlow is never imported, and `tensorflow_datasets` only to load a source.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _DOWNLOAD_TIMEOUT_S = 30
 
 
 class Prepared(Sequence[Problem]):
-  """A prepared split; a row is read and decoded when it is indexed."""
+  """A prepared split; indexing reads and decodes a row."""
 
   def __init__(self, builder: Any, split: str):
     with _quiet():
@@ -52,16 +52,16 @@ def prepare(
   *,
   homepage: str = "",
 ) -> Any:
-  """Gives a builder whose data is on disk, writing it where it is not there yet.
+  """Returns a builder with its data on disk, writing the data if necessary.
 
-  TFDS writes to a directory of another name and renames it when complete, so a failure
-  leaves nothing that could be taken for data.
+  TFDS writes to a temporary directory and renames it when complete, so that a failure
+  leaves no partial data.
 
   Args:
     name: of the data set, `opo_<name>` on disk.
-    config: of the content: other content needs another name, or old rows are read.
-    parsers: split -> the problems, called only when they are to be written.
-    homepage: where the data is described.
+    config: names the content: other content needs another name, or old rows are read.
+    parsers: split -> its problems, called only to write them.
+    homepage: of the data set.
   """
   import tensorflow_datasets as tfds
 
@@ -75,14 +75,14 @@ def prepare(
         download_config=tfds.download.DownloadConfig(try_download_gcs=False),
       )
     except OSError:
-      # Another process of the run finished first: its rename won, its data is ours.
+      # Another process finished first; its rename won, and its data is equal.
       if (builder := find(name, config)) is None:
         raise
     return builder
 
 
 def find(name: str, config: str) -> Any | None:
-  """The builder of `prepare` if its data is on disk already, else None."""
+  """Returns the builder of `prepare` if its data is on disk, else None."""
   with _quiet():
     builder = _build(name, config, {}, "")
   return builder if builder.data_path.exists() else None
@@ -101,18 +101,18 @@ def _build(name: str, config: str, parsers, homepage: str) -> Any:
 
 @functools.cache
 def _builder(data_set: str) -> Any:
-  """Makes the TFDS builder, here and not at the top so that TFDS is imported late."""
+  """Defines the TFDS builder, in a function so that TFDS is imported late."""
   import tensorflow_datasets as tfds
 
-  # Not registered: TFDS has a gsm8k of its own, made with TensorFlow; the two must
-  # share neither a name nor a directory.
+  # Not registered: TFDS has its own gsm8k, which needs TensorFlow; the two must share
+  # neither a name nor a directory.
   class Problems(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Question, answer and id, in the order of the files."""
+    """Id, question and answer, in the order of the files."""
 
     name = f"opo_{data_set}"
     VERSION = tfds.core.Version("1.0.0")
-    # No table of checksums beside this file: `download` checks its own, and TFDS 4.9.10
-    # needs the undeclared package importlib_resources to look for one.
+    # No checksum file: `download` checks its own, and TFDS 4.9.10 needs the undeclared
+    # package importlib_resources to look for one.
     url_infos = None
 
     def __init__(self, *, parsers, homepage, **kwargs):
@@ -130,7 +130,7 @@ def _builder(data_set: str) -> Any:
       )
 
     def _split_generators(self, dl_manager):
-      # TFDS's own downloader has no time limit and waits for ever on a dead network.
+      # TFDS's own downloader has no timeout: without a network it waits forever.
       del dl_manager
       return {
         split: self._generate_examples(parse) for split, parse in self._parsers.items()
@@ -144,17 +144,16 @@ def _builder(data_set: str) -> Any:
 
 
 def download(url: str, *, sha256: str | None, local: str) -> bytes:
-  """Gives the bytes at a URL, checked.
+  """Downloads a URL and verifies its checksum.
 
   Args:
     url: public.
-    sha256: of the bytes, where it is known. Where it is not, that of the first download
-      is kept in `opo_checksums.json` beside the prepared data, and later ones have to
-      have it.
-    local: the file that would be read instead below `$OPO_DATA_DIR`, for the errors.
+    sha256: of the content. None: the first download stores its checksum in
+      `opo_checksums.json` next to the prepared data, and later downloads must match it.
+    local: the file below `$OPO_DATA_DIR` that would replace it, for errors.
 
   Raises:
-    ValueError: no network, or other bytes than expected; says both ways to the data.
+    ValueError: no network, or other content than expected.
   """
   remedy = f"set OPO_DATA_DIR to a directory that holds {local}"
   try:
@@ -177,13 +176,13 @@ def download(url: str, *, sha256: str | None, local: str) -> bytes:
 
 
 def noted(file: str, key: str) -> str | None:
-  """What `note` has put under a key, if anything."""
+  """Reads the value that `note` stored for a key; None without one."""
   path = _beside_the_data(file)
   return json.loads(path.read_text()).get(key) if path.exists() else None
 
 
 def note(file: str, key: str, value: str) -> None:
-  """Puts a value into a table beside the prepared data, for the next process."""
+  """Stores a value in a JSON file next to the prepared data, for later processes."""
   path = _beside_the_data(file)
   if noted(file, key) == value:
     return
@@ -201,10 +200,10 @@ def _beside_the_data(file: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Keeps TFDS's bars, notices and log lines below errors away from the person."""
+  """Suppresses TFDS's progress bars, notices, and log lines below errors."""
   from tensorflow_datasets.core.utils import tqdm_utils
 
-  active = tqdm_utils._active  # There is a setter, but nothing public to ask.
+  active = tqdm_utils._active  # The setter is public, a getter is not.
   disabled = logging.root.manager.disable
   tqdm_utils.display_progress_bar(enable=False)
   logging.disable(max(disabled, logging.WARNING))

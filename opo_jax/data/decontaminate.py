@@ -1,7 +1,7 @@
-"""Training problems that are in an evaluation set, word for word or nearly.
+"""Decontamination: finds training problems that duplicate held-out problems.
 
-A policy that was trained on its test has a good test score and nothing else. `find`
-compares two sets, `report` prints what it found.
+Scores on problems that were trained on say nothing of generalisation. `find_duplicates`
+compares two sets, `report` tabulates the duplicates.
 """
 
 import collections
@@ -12,29 +12,29 @@ from typing import NamedTuple
 
 from opo_jax.data.prompts import Problem
 
-# Of `words`. Shorter questions are compared as a whole.
+# Words of an n-gram. Shorter questions are compared as a whole.
 NGRAM = 8
-# The share of the shorter question's n-grams that occur in the other one.
+# The least fraction of the shorter question's n-grams that the other one contains.
 THRESHOLD = 0.6
 
-# Kana and Chinese characters: no spaces are between their words, so each one is a word.
+# Kana and Chinese characters: without spaces between words, each character is a word.
 _CHARACTER = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-# A word, a number, the point of a decimal, or an operator: ASCII's, plus-minus, times,
-# division, and Unicode's arrows and mathematical operators.
+# A word, a number, a decimal point, or an operator: those of ASCII, plus-minus, times,
+# division, and the arrows and mathematical operators of Unicode.
 _WORD = re.compile(
   rf"[{_CHARACTER}]|[^\W\d_{_CHARACTER}]+|\d+|(?<=\d)\.(?=\d)"
   r"|[-+*/^=<>\xb1\xd7\xf7\u2190-\u22ff]"
 )
 
 
-class Match(NamedTuple):
-  """A training problem and the evaluation problem it repeats.
+class Duplicate(NamedTuple):
+  """A training problem and the held-out problem that it duplicates.
 
   Attributes:
     train: the training problem.
-    held_out: the evaluation problem, the one of the largest overlap.
-    overlap: share of common n-grams, 1.0 where the match is exact.
-    exact: the same letters, digits and operators in the same order.
+    held_out: the held-out problem with the largest overlap.
+    overlap: fraction of common n-grams, 1.0 for an exact duplicate.
+    exact: equal letters, digits and operators in equal order.
   """
 
   train: Problem
@@ -43,39 +43,38 @@ class Match(NamedTuple):
   exact: bool
 
 
-def find(
+def find_duplicates(
   train: Sequence[Problem],
   held_out: Sequence[Problem],
   *,
   ngram: int = NGRAM,
   threshold: float = THRESHOLD,
-) -> list[Match]:
-  r"""Finds the training problems that are in an evaluation set.
+) -> list[Duplicate]:
+  r"""Finds the training problems that duplicate held-out problems.
 
       overlap = |A ∩ B| / min(|A|, |B|)      A, B: the sets of word n-grams
 
-  Exact: equal `words`, without regard to case, spacing and LaTeX's punctuation. Fuzzy:
-  an overlap of at least `threshold`. A question without words repeats none. Problems
-  made of one template
-  ("How many … are there such that …") share some n-grams and stay below; the same
-  problem with other numbers may be above: look at the report.
+  Exact: equal `words`, regardless of case, spacing and LaTeX's punctuation. Fuzzy: an
+  overlap of at least `threshold`. A question without words has no duplicate. Problems
+  of one template ("How many … are there such that …") share some n-grams and stay below
+  the threshold; the same problem with other numbers may exceed it: read the report.
 
   Args:
-    train: what may go.
-    held_out: what nothing may be in.
-    ngram: words in a row; a question with fewer is compared by its whole.
+    train: training problems.
+    held_out: the problems that training must not contain.
+    ngram: words of an n-gram; a shorter question is compared as a whole.
     threshold: above 0, at most 1.
 
   Returns:
-    One match at most for each training problem, in their order.
+    At most one duplicate for each training problem, in their order.
 
   >>> ask = "How many positive integers below 100 are multiples of 7?"
   >>> other = "How many positive integers less than 10 are even?"
-  >>> matches = find(
+  >>> found = find_duplicates(
   ...   [Problem("a", ask, "14"), Problem("b", other, "4")],
   ...   [Problem("c", "How many positive integers below $100$ are multiples of 7", "")],
   ... )
-  >>> [(match.train.id, match.held_out.id, match.exact) for match in matches]
+  >>> [(each.train.id, each.held_out.id, each.exact) for each in found]
   [('a', 'c', True)]
   """
   if ngram < 1 or not 0 < threshold <= 1:
@@ -93,25 +92,25 @@ def find(
     sizes.append(len(grams))
     for gram in grams:
       holders[gram].append(index)
-  matches = []
+  duplicates = []
   for problem in train:
     found = words(problem.question)
     if not found:
       continue
     if (index := exact.get("".join(found))) is not None:
-      matches.append(Match(problem, held_out[index], 1.0, True))
+      duplicates.append(Duplicate(problem, held_out[index], 1.0, True))
       continue
     grams = _grams(found, ngram)
     common = collections.Counter(i for gram in grams for i in holders.get(gram, ()))
     overlaps = {i: n / min(len(grams), sizes[i]) for i, n in common.items()}
     index = max(overlaps, key=overlaps.__getitem__, default=None)
     if index is not None and overlaps[index] >= threshold:
-      matches.append(Match(problem, held_out[index], overlaps[index], False))
-  return matches
+      duplicates.append(Duplicate(problem, held_out[index], overlaps[index], False))
+  return duplicates
 
 
 def words(question: str) -> list[str]:
-  """Words, numbers and operators: what two questions must differ in to be two.
+  """Splits a question into words, numbers and operators: its identity here.
 
   >>> words("What is $6 - 2.5$?"), words("求6÷2")
   (['what', 'is', '6', '-', '2', '.', '5'], ['求', '6', '÷', '2'])
@@ -119,24 +118,25 @@ def words(question: str) -> list[str]:
   return _WORD.findall(unicodedata.normalize("NFC", question).casefold())
 
 
-def report(found: Mapping[str, Sequence[Match]], sizes: Mapping[str, int]) -> str:
-  """A table of matches: a line for each pair of sets, then the fuzzy ones to look at.
+def report(found: Mapping[str, Sequence[Duplicate]], sizes: Mapping[str, int]) -> str:
+  """Tabulates duplicates: a line for each pair of sets, then every fuzzy duplicate.
 
   Args:
-    found: "train in held-out" -> its matches.
+    found: "train in held-out" -> its duplicates.
     sizes: the same names -> number of training problems.
   """
   width = max(map(len, found), default=0)
   lines = [f"{'':{width}}   problems   exact   fuzzy"]
-  for name, matches in found.items():
-    exact = sum(match.exact for match in matches)
-    lines.append(f"{name:{width}} {sizes[name]:10,} {exact:7} {len(matches) - exact:7}")
-  for matches in found.values():
-    for match in matches:
-      if not match.exact:
+  for name, duplicates in found.items():
+    exact = sum(each.exact for each in duplicates)
+    fuzzy = len(duplicates) - exact
+    lines.append(f"{name:{width}} {sizes[name]:10,} {exact:7} {fuzzy:7}")
+  for duplicates in found.values():
+    for each in duplicates:
+      if not each.exact:
         lines.append(
-          f"{match.train.id} is {match.overlap:.0%} in {match.held_out.id}:"
-          f" {' '.join(match.train.question.split())[:100]!r}"
+          f"{each.train.id} is {each.overlap:.0%} in {each.held_out.id}:"
+          f" {' '.join(each.train.question.split())[:100]!r}"
         )
   return "\n".join(lines)
 

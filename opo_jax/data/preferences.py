@@ -1,18 +1,16 @@
-"""Preference pairs: a person's own, and an embedded task whose true taste is known.
+"""Preference pairs: from a user's file, or an embedded task with a known true score.
 
-A question of the embedded task is an order, `tea jam rice`; the best answer reads it
-back in this order and closes politely, `tea jam rice enjoy`. How good an answer is, is
-a formula (`true_score`), which nobody but the evaluation may see. What a reward model
-learns from is what people could tell: of two answers to the same order, which they
-prefer, with the errors that people make,
+A question of the embedded task is an order, `tea jam rice`; the best response repeats
+it and closes politely, `tea jam rice enjoy`. A formula, `true_score`, rates a response;
+only the evaluation may use it. A reward model learns from simulated labels: which of
+two responses to an order is preferred, with label noise,
 
     P(a preferred to b) = sigmoid(SHARPNESS (true_score(a) - true_score(b)))
 
-the model of Bradley and Terry (https://doi.org/10.2307/2334029). The answers come from
-a careless waiter, who also gives the demonstrations of the warm start: he forgets and
-confuses items, adds others, says `er`, forgets to close or closes several times,
-repeats himself, and now and then does not stop. About one answer in seven is as good as
-can be.
+the model of Bradley and Terry (https://doi.org/10.2307/2334029). Responses come from a
+careless waiter, who also provides the demonstrations of SFT: he drops and permutes
+items, adds others, says `er`, omits the closing or repeats it, repeats himself, and
+sometimes does not stop. About one response in seven is optimal.
 """
 
 import json
@@ -29,17 +27,18 @@ from opo_jax.data.prompts import Problem, embedded_tokenizer
 
 ITEMS = ("tea", "milk", "jam", "rice", "eggs", "salt", "soap", "figs", "corn", "nuts")
 CLOSING, FILLER = "enjoy", "er"
-# An order has at least and at most so many items, all different.
+# The least and the most items of an order; all differ.
 NUM_ITEMS = (2, 4)
 
-# What counts, and how sharply the labellers tell a difference of one.
+# Weights of the true score, and the logit of a label at a score difference of one.
 HELPFUL, POLITE, CLUTTER = 0.8, 0.2, 0.1
 SHARPNESS = 8.0
 
-# How often the waiter does what he should not.
+# Probabilities of the waiter's errors.
 SHUFFLES, DROPS, ADDS, FALTERS = 0.25, 0.08, 0.06, 0.08
 FORGETS_TO_CLOSE, GUSHES, REPEATS, NEVER_STOPS = 0.5, 0.1, 0.1, 0.06
-# An answer that never stops is cut off here; the others, with their end, are shorter.
+# A response that does not stop is truncated here; the others, with their end, are
+# shorter.
 MAX_WORDS = 16
 
 _SPLIT_SIZES = {"train": 1024, "test": 256}
@@ -47,17 +46,17 @@ _PAIRS_PER_ORDER = {"train": 4, "test": 2}
 
 
 class Pair(NamedTuple):
-  """Two answers to one problem, and which of them was preferred."""
+  """Two responses to one problem: the preferred one and the other."""
 
   chosen: Demonstration
   rejected: Demonstration
 
 
 def load(split: str) -> list[Problem]:
-  """The orders of `train` (1,024) or `test` (256): always the same, no duplicates.
+  """Generates the orders of `train` (1,024) or `test` (256): fixed, without duplicates.
 
-  An order belongs to `test` by a hash of its words, so that none can be in both. Its
-  reference answer is the best one.
+  A hash of the words assigns an order to `test`, so that the splits are disjoint. The
+  reference answer is the best response.
 
   >>> load("test")[0].answer
   'tea milk enjoy'
@@ -80,21 +79,21 @@ def load(split: str) -> list[Problem]:
 
 
 def is_held_out(question: str) -> bool:
-  """Whether pairs of this question are for evaluation: one in sixteen is, by a hash."""
+  """Whether a question is held out for evaluation: one in sixteen, by a hash."""
   return zlib.crc32(question.encode()) % 16 == 0
 
 
 def true_score(response: str, reference: str) -> float:
-  """How good an answer is; 1.0 is the best there is, and there is no worst.
+  """The true score of a response: at most 1.0, without a lower bound.
 
       0.8 (items in the order asked for) / (items asked for)
         + 0.2 if the last word is `enjoy`  -  0.1 for each word besides
 
-  Items in the order asked for: the longest common subsequence of order and answer.
+  Items in the order asked for: the longest common subsequence of order and response.
 
   Args:
-    response: an answer; special tokens are not part of it.
-    reference: the best answer.
+    response: a response, without special tokens.
+    reference: the best response.
 
   >>> true_score("tea jam rice enjoy", "tea jam rice enjoy")
   1.0
@@ -106,35 +105,35 @@ def true_score(response: str, reference: str) -> float:
   in_order = _longest_common_subsequence(asked, words)
   clutter = len(words) - in_order - polite
   score = HELPFUL * in_order / len(asked) + POLITE * polite - CLUTTER * clutter
-  return round(score, 9)  # sums of tenths that are equal shall be equal
+  return round(score, 9)  # equal sums of tenths compare equal
 
 
 def true_margin(pair: "Pair") -> float:
-  """By how much the preferred answer is better in truth; below 0 in error."""
-  chosen, rejected = (
-    true_score(answer.response, answer.problem.answer) for answer in pair
-  )
+  """The true score of the preferred response minus the other's; negative in a wrong
+  label.
+  """
+  chosen, rejected = (true_score(each.response, each.problem.answer) for each in pair)
   return chosen - rejected
 
 
 def demonstrations(problems: Sequence[Problem], *, seed: int) -> list[Demonstration]:
-  """The careless waiter's answer to each order."""
+  """Generates the careless waiter's response to each order."""
   rng = np.random.default_rng(seed)
-  return [_answer(problem, rng) for problem in problems]
+  return [_respond(problem, rng) for problem in problems]
 
 
 def load_pairs(name: str, split: str) -> Sequence[Pair]:
-  """Preference pairs.
+  """Loads preference pairs.
 
   Args:
-    name: `preferences`, the embedded task: 4,096 pairs to train on and 512 held out,
-      labelled once and for all. Or `jsonl:PATH`, a file with a JSON object a line and
-      in it the texts `prompt`, `chosen` and `rejected`.
-    split: `train`, or `test`: of a file, the prompts with `is_held_out`. No prompt is
+    name: `preferences`, the embedded task: 4,096 training pairs and 512 held-out ones,
+      with fixed labels. Or `jsonl:PATH`, a file with one JSON object per line with the
+      texts `prompt`, `chosen` and `rejected`.
+    split: `train` or `test`; in a file, `is_held_out` prompts are `test`. No prompt is
       in both.
 
   Raises:
-    ValueError: an unknown name, a file that cannot be read, or a line that is no pair.
+    ValueError: an unknown name, an unreadable file, or a line that is no pair.
   """
   if name == "preferences":
     return _embedded_pairs(split)
@@ -158,11 +157,11 @@ def load_pairs(name: str, split: str) -> Sequence[Pair]:
 
 
 def tokenizer() -> Any:
-  """A tokenizer of words with the interface of those of real models."""
+  """Builds a tokenizer of words, as a `transformers` tokenizer."""
   return embedded_tokenizer((*ITEMS, CLOSING, FILLER), pre_tokenizers.WhitespaceSplit())
 
 
-def _answer(problem: Problem, rng) -> Demonstration:
+def _respond(problem: Problem, rng) -> Demonstration:
   items = problem.question.split()
   if rng.random() < SHUFFLES:
     items = list(rng.permutation(items))
@@ -193,8 +192,8 @@ def _embedded_pairs(split: str) -> list[Pair]:
   pairs = []
   while len(pairs) < len(problems):
     problem = problems[len(pairs)]
-    one, other = _answer(problem, rng), _answer(problem, rng)
-    if one == other:  # nobody can tell these apart
+    one, other = _respond(problem, rng), _respond(problem, rng)
+    if one == other:  # equal responses make no pair
       continue
     better = true_margin(Pair(one, other))
     prefers_one = rng.random() < 1 / (1 + np.exp(-SHARPNESS * better))
@@ -228,8 +227,7 @@ def _read_pairs(path: pathlib.Path) -> list[Pair]:
     prompt, chosen, rejected = texts
     if chosen == rejected:
       raise ValueError(
-        f"{path} line {number} has the same text as chosen and rejected; nothing can be"
-        " learnt from it, take it out."
+        f"{path} line {number} has the same text as chosen and rejected; remove it."
       )
     problem = Problem(f"{path.name}/{number}", prompt, "")
     pairs.append(

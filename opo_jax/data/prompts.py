@@ -1,7 +1,7 @@
-"""Problems become prompt tokens: chat template, tokenizer, end tokens.
+"""Converts problems to prompt tokens: chat template, tokenizer, end tokens.
 
-Works with any `transformers` tokenizer, the small ones of the embedded tasks and those
-of real models alike.
+Works with any `transformers` tokenizer: the small ones of the embedded tasks and those
+of real models.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-# Of the embedded tasks: their special tokens, and turns as `<role>text`.
+# Special tokens and chat template of the embedded tasks: turns are `<role>text`.
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<end>", "<user>", "<assistant>")
 CHAT_TEMPLATE = (
   "{{ bos_token }}{% for message in messages %}"
@@ -24,8 +24,8 @@ class Problem:
 
   Attributes:
     id: unique within its source.
-    question: what the policy is asked, before the chat template.
-    answer: the reference the verifier compares with.
+    question: the user's turn, before the chat template.
+    answer: the reference answer that the verifier compares with.
   """
 
   id: str
@@ -36,12 +36,12 @@ class Problem:
 def embedded_tokenizer(
   symbols: Sequence[str], pre_tokenizer: Any, decoder: Any = None
 ) -> Any:
-  """A tokenizer of whole symbols with the interface of those of real models.
+  """Builds a tokenizer of whole symbols, as a `transformers` tokenizer.
 
   Args:
     symbols: the vocabulary after `SPECIAL_TOKENS`, in the order of their ids.
-    pre_tokenizer: of `tokenizers`: cuts a text into symbols.
-    decoder: of `tokenizers`: joins them again; None puts spaces between them.
+    pre_tokenizer: of `tokenizers`: splits a text into symbols.
+    decoder: of `tokenizers`: joins them; None joins with spaces.
 
   >>> from tokenizers import pre_tokenizers
   >>> tokenizer = embedded_tokenizer(["tea"], pre_tokenizers.WhitespaceSplit())
@@ -68,17 +68,17 @@ def embedded_tokenizer(
 
 
 def load_tokenizer(path: str):
-  """A `transformers` tokenizer from a directory or a hub id.
+  """Loads a `transformers` tokenizer from a directory or a hub id.
 
   Raises:
-    ValueError: nothing there that can be read, with both ways out.
+    ValueError: no readable tokenizer there.
   """
-  from transformers import AutoTokenizer  # 0.5 s that the embedded tasks do not need
+  from transformers import AutoTokenizer  # 0.5 s, which the embedded tasks save
 
   try:
     return AutoTokenizer.from_pretrained(path)
-  # Other than OSErrors: a ValueError where no class fits the files, the HTTP library's
-  # own without a network, plain Exceptions for a broken tokenizer.json.
+  # Not only OSError: a ValueError if no class fits the files, the HTTP library's own
+  # errors without a network, plain Exceptions for a broken tokenizer.json.
   except Exception as error:
     if pathlib.Path(path).exists():
       found = f"what is there cannot be read ({type(error).__name__})"
@@ -91,14 +91,14 @@ def load_tokenizer(path: str):
 
 
 def end_token_ids(tokenizer, also: Iterable[int] = ()) -> tuple[int, ...]:
-  """The tokens that end a response, as a set: the tokenizer's and the model's together.
+  """The tokens that end a response: the tokenizer's and the model's, sorted.
 
   Args:
     tokenizer: a `transformers` tokenizer.
-    also: what the model's generation config names.
+    also: those of the model's generation config.
 
   Raises:
-    ValueError: there is none.
+    ValueError: neither has an end token.
   """
   ids = {tokenizer.eos_token_id, *also} - {None}
   if not ids:
@@ -112,18 +112,18 @@ def end_token_ids(tokenizer, also: Iterable[int] = ()) -> tuple[int, ...]:
 def encode_prompt(
   tokenizer, question: str, *, system: str = "", instruction: str = ""
 ) -> list[int]:
-  """Token ids of a question in the tokenizer's chat template.
+  """Encodes a question in the tokenizer's chat template.
 
   Args:
     tokenizer: with a chat template.
     question: the user's turn.
-    system: the system turn; none where it is empty.
-    instruction: put after the question, on a line of its own.
+    system: the system turn; empty: none.
+    instruction: appended to the question, on a line of its own.
 
   Returns:
-    Token ids that end where the assistant's answer begins. The begin-of-sequence token
-    is there exactly once if the tokenizer has one: most templates write it, and
-    the tokenizer is not asked to add it again.
+    Token ids up to the begin of the assistant's turn. They have the begin-of-sequence
+    token exactly once, if the tokenizer has one: most templates write it, and the
+    tokenizer does not add it again.
   """
   if not tokenizer.chat_template:
     raise ValueError(
@@ -144,7 +144,7 @@ def encode_prompt(
 def prompt_lengths(
   tokenizer, problems: Iterable[Problem], *, system: str = "", instruction: str = ""
 ) -> list[int]:
-  """Tokens of `encode_prompt` for each problem: what fits is known before the run."""
+  """The number of tokens of `encode_prompt`, for each problem."""
   return [
     len(encode_prompt(tokenizer, each.question, system=system, instruction=instruction))
     for each in problems
@@ -159,7 +159,7 @@ def encode_problems(
   system: str = "",
   instruction: str = "",
 ) -> list[list[int]]:
-  """`encode_prompt` of each problem.
+  """Encodes the prompt of each problem.
 
   Raises:
     ValueError: a prompt longer than `max_prompt_tokens`.
@@ -172,20 +172,20 @@ def encode_problems(
     if len(ids) > max_prompt_tokens:
       raise ValueError(
         f"The prompt of problem {problem.id!r} has {len(ids)} tokens, the limit is"
-        f" {max_prompt_tokens}; raise it (--rollout.max-prompt-tokens) or leave the"
-        " problem out."
+        f" {max_prompt_tokens}; raise it (--rollout.max-prompt-tokens) or exclude"
+        " the problem."
       )
     prompts.append(ids)
   return prompts
 
 
 def decode_responses(tokenizer, tokens, lengths) -> list[str]:
-  """Text of each response without special tokens, for verifiers and people.
+  """Decodes responses to text, without special tokens.
 
   Args:
     tokenizer: the policy's.
     tokens: [N, T] integers on the host.
-    lengths: [N] integers; what follows is not read.
+    lengths: [N] integers; later tokens are not read.
   """
   rows = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
   return tokenizer.batch_decode(rows, skip_special_tokens=True)

@@ -1,7 +1,7 @@
-"""Which problems of a source are trained on.
+"""Selects the training problems of a source.
 
-Each filter gives the places it keeps; `Kept` reads the problems there, so nothing is
-copied and rows are decoded when they are asked for.
+A filter selects indices; `Kept` reads the problems at them, so that nothing is copied
+and rows are decoded on access.
 """
 
 import json
@@ -13,7 +13,7 @@ from opo_jax.data.prompts import Problem
 
 
 class Kept(Sequence[Problem]):
-  """The problems of a sequence at some places, in order."""
+  """The problems of a sequence at some indices, in order."""
 
   def __init__(self, problems: Sequence[Problem], places: Sequence[int]):
     self._problems, self._places = problems, places
@@ -30,15 +30,15 @@ class Kept(Sequence[Problem]):
 def keep(
   problems: Sequence[Problem], wanted: Callable[[Problem], bool]
 ) -> Sequence[Problem]:
-  """The problems that are wanted; the same sequence where that is all of them."""
+  """Selects the wanted problems; returns the same sequence if all are wanted."""
   places = [i for i, problem in enumerate(problems) if wanted(problem)]
   return problems if len(places) == len(problems) else Kept(problems, places)
 
 
 def read_pass_rates(path: str | pathlib.Path) -> dict[str, float]:
-  """Reads what share of its samples a policy got right, problem by problem.
+  """Reads a policy's pass rate on each problem.
 
-  JSON lines, one object a problem; other keys may stand beside these two:
+  The file has one JSON object per line and problem; other keys are ignored:
 
       {"id": "gsm8k/train/17", "pass_rate": 0.375}
 
@@ -46,8 +46,8 @@ def read_pass_rates(path: str | pathlib.Path) -> dict[str, float]:
     id -> pass rate, from 0 to 1.
 
   Raises:
-    ValueError: no such file, a line that is none of these, a rate out of its range, or
-      an id twice.
+    ValueError: no such file, a malformed line, a rate out of its range, or a repeated
+      id.
   """
   rates: dict[str, float] = {}
   try:
@@ -84,13 +84,13 @@ def by_pass_rate(
   lowest: float,
   highest: float,
 ) -> Sequence[Problem]:
-  """The problems with lowest <= pass rate <= highest; those without a rate go.
+  """Selects problems with lowest <= pass rate <= highest; drops those without a rate.
 
-  A policy learns nothing from a problem that it always or never solves: 0.01 and 0.99
-  leave those out.
+  Problems that the policy always or never solves have zero advantage: 0.01 and 0.99
+  exclude them.
 
   Raises:
-    ValueError: no problem has a rate, so the rates are of other data.
+    ValueError: no problem has a rate: the rates belong to other data.
   """
   if len(problems) and not any(problem.id in rates for problem in problems):
     raise ValueError(

@@ -1,9 +1,9 @@
-"""Problems by name: each is a data set of our own, or a person's file.
+"""Data sources: loads problems by the name of a data set, or from a user's file.
 
-A name of `SOURCES` is read from `$OPO_DATA_DIR` where that variable is set, else
+A name of `SOURCES` is read from `$OPO_DATA_DIR` if that variable is set, else
 downloaded from its public origin; `jsonl:PATH`, `parquet:PATH` and `hf:OWNER/NAME` are
-a person's own. All are prepared once (`data.builders`) and then read row by row. A
-mixture, "gsm8k:1 math:2", is several names with weights.
+a user's own data. All are prepared once (`data.builders`) and then read row by row. A
+mixture, "gsm8k:1 math:2", has several names with weights.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from opo_jax.rewards.answers import boxed
 
 __all__ = ["SOURCES", "MixtureStream", "ProblemStream", "load", "parse_mixture"]
 
-# Made here, without a file.
+# Generated, without a file.
 EMBEDDED = {"arithmetic": arithmetic.load, "preferences": preferences.load}
 
 _GITHUB = "https://raw.githubusercontent.com"
@@ -42,14 +42,14 @@ _NEMO = f"{_GITHUB}/NVIDIA/NeMo-Skills/0b012df8a09cd4730d31b16e90a0d8f13d145fb8"
 
 @dataclasses.dataclass(frozen=True)
 class File:
-  """One file of problems: JSON lines, one JSON list, or Parquet (by its name).
+  """A file of problems: JSON lines, a JSON list, or Parquet (by its suffix).
 
   Attributes:
     url: its public origin.
-    local: where it lies below `$OPO_DATA_DIR`. That may be a copy in another form:
-      rows are read by their keys.
-    sha256: of the bytes at the origin where they are known; else `builders.download`
-      keeps that of the first download.
+    local: its path below `$OPO_DATA_DIR`, possibly in another format: rows are read by
+      their keys.
+    sha256: of the content at the origin; None: `builders.download` stores that of the
+      first download.
   """
 
   url: str
@@ -59,16 +59,16 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A data set: the files of each split, in this order.
+  """A data set: the files of each split, in order.
 
   Attributes:
-    homepage: where it is described.
-    splits: the files of each.
-    row: a row -> its question and answer; KeyError and the like where it is not one.
-    example: a row as it should be, for the error.
-    is_clean: every row counts. Otherwise rows without an answer, and repetitions of an
-      earlier question, are left out.
-    without: a data set whose test problems are left out, too.
+    homepage: its description.
+    splits: split -> its files.
+    row: row -> question and answer; raises KeyError and the like for a malformed row.
+    example: a well-formed row, for errors.
+    is_clean: whether every row is used. Otherwise rows without an answer and duplicates
+      of an earlier question are dropped.
+    without: a data set whose test problems are dropped as well.
   """
 
   homepage: str
@@ -82,27 +82,27 @@ class Source:
 def load(
   name: str, split: str, *, prompt_field: str = "", answer_field: str = ""
 ) -> Sequence[Problem]:
-  """Gives the problems of one split, in the order of the original file.
+  """Loads the problems of one split, in the order of the original file.
 
   The first use prepares the data set in TFDS's directory (`$TFDS_DATA_DIR`, else
   `~/tensorflow_datasets`); later uses read it from there without a network. Rows are
-  decoded when they are asked for.
+  decoded on access.
 
   Args:
-    name: a key of `SOURCES`; or `jsonl:PATH` or `parquet:PATH`, one file, whatever the
-      split; or `hf:OWNER/NAME`, or `hf:OWNER/NAME/CONFIG`, a data set of the Hugging
+    name: a key of `SOURCES`; or `jsonl:PATH` or `parquet:PATH`, one file for both
+      splits; or `hf:OWNER/NAME` or `hf:OWNER/NAME/CONFIG`, a data set of the Hugging
       Face hub with that split.
     split: "train" or "test".
-    prompt_field: key of the question in a person's own data; empty: the first there is
-      of `prompt`, `problem`, `question`.
+    prompt_field: key of the question in a user's own data; empty: the first of
+      `prompt`, `problem`, `question` that exists.
     answer_field: key of the answer; empty: `answer`, `solution` or `final_answer`. An
       answer that ends with `#### N` is N.
 
   Returns:
-    A read-only sequence; integers, negative integers and slices index it.
+    A read-only sequence, indexed by integers, negative integers and slices.
 
   Raises:
-    ValueError: unknown name or split, malformed file, or no way to get the data.
+    ValueError: unknown name or split, malformed file, or inaccessible data.
 
   Example: `load("gsm8k", "test")[0].answer` is "18".
   """
@@ -125,7 +125,8 @@ def load(
       files += SOURCES[source.without].splits["test"]
     sums = {file.local: hashlib.sha256(_read(file)).hexdigest() for file in files}
     if sums != {file.local: file.sha256 for file in files}:
-      # Not the authors' own files: an edited one is never answered with old rows.
+      # Not the authors' files: their content names the prepared data, so that an edited
+      # file never yields old rows.
       config = _config_of(json.dumps(sums, sort_keys=True).encode())
   parsers = {each: functools.partial(_parse, name, each) for each in source.splits}
   builder = builders.prepare(name, config, parsers, homepage=source.homepage)
@@ -133,17 +134,17 @@ def load(
 
 
 def parse_mixture(text: str) -> dict[str, float]:
-  """Names and weights of a mixture: separated by spaces, each `NAME` or `NAME:WEIGHT`.
+  """Parses a mixture: `NAME` or `NAME:WEIGHT`, separated by spaces.
 
   Args:
-    text: a path with spaces in quotes, as in a shell.
+    text: as in a shell: quote a path with spaces.
 
   Returns:
-    name -> weight, 1 where none is given.
+    name -> weight, 1 by default.
 
   Raises:
-    ValueError: no name, a name twice, a weight of 0, or two files of one name, whose
-      problems would have the same ids.
+    ValueError: no name, a repeated name, a weight of 0, or two files of one name, whose
+      problems would have equal ids.
 
   >>> parse_mixture("gsm8k:1 math:2.5 jsonl:own.jsonl")
   {'gsm8k': 1.0, 'math': 2.5, 'jsonl:own.jsonl': 1.0}
@@ -179,10 +180,10 @@ def _gsm8k_row(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _problem_row(row: dict[str, Any]) -> tuple[str, str]:
-  """Rows of MATH and of the competitions, whose keys differ from origin to origin."""
+  """Reads a row of MATH or of the competitions, whose keys differ between origins."""
   question = row["problem"] if "problem" in row else row["question"]
   answer = row["answer"] if "answer" in row else row.get("expected_answer")
-  if answer is None and "solution" in row:  # MATH itself has it in the solution alone.
+  if answer is None and "solution" in row:  # MATH has it in the solution only.
     answer = boxed(row["solution"])
   if answer is None:
     answer = ""
@@ -195,7 +196,7 @@ _INSTRUCTION = re.compile(r"\s*(?:Let's think|Please reason) step by step")
 
 
 def _skywork_row(row: dict[str, Any]) -> tuple[str, str]:
-  """The question without the instruction that the authors put after it."""
+  """Reads a row of Skywork-OR1, without the instruction appended to the question."""
   question = row["prompt"][0]["content"]
   question, *_ = _INSTRUCTION.split(question)
   answer, *_ = json.loads(row["reward_model"]["ground_truth"])
@@ -214,7 +215,7 @@ def _own_row(prompt: str, answer: str, row: dict[str, Any]) -> tuple[str, str]:
       raise KeyError(" or ".join(names))
     fields.append(row[found[0]])
   question, reference = fields
-  if isinstance(question, list):  # Turns of a chat; the last of the user's.
+  if isinstance(question, list):  # Turns of a chat: the user's last.
     question = [t["content"] for t in question if t.get("role") == "user"][-1]
   reference = "" if reference is None else str(reference)
   if marked := re.search(r"####([^\n]*)\s*\Z", reference):
@@ -254,7 +255,7 @@ SOURCES: dict[str, Source] = {
     is_clean=False,
     without="math500",
   ),
-  # All of MATH but MATH-500; only math500 may then be used as a test of MATH.
+  # All of MATH except MATH-500: only math500 remains a valid test of MATH.
   "math12k": Source(
     "https://arxiv.org/abs/2305.20050",
     {"train": (_MATH_TRAIN, _MATH_REST)},
@@ -298,7 +299,7 @@ SOURCES: dict[str, Source] = {
     {"test": (File(f"{_QWEN}/evaluation/data/amc23/test.jsonl", "amc/amc23.jsonl"),)},
     _problem_row,
   ),
-  # The older years of AIME, as DeepScaleR trains on them.
+  # The earlier years of AIME, as in DeepScaleR.
   "aime_1983_2023": Source(
     "https://github.com/rllm-org/rllm",
     {
@@ -358,7 +359,7 @@ def _read(file: File) -> bytes:
 
 
 def _parse(name: str, split: str) -> list[Problem]:
-  """The problems of a source's split, from its files."""
+  """Reads the problems of a source's split from its files."""
   source = SOURCES[name]
   seen = set()
   if source.without:
@@ -391,7 +392,7 @@ def _parsed(
   row: Callable[[dict[str, Any]], tuple[str, str]],
   example: str,
 ) -> Iterator[tuple[int, tuple[str, str]]]:
-  """Numbers of rows, from 1, with their question and answer."""
+  """Yields the number of each row, from 1, and its question and answer."""
   for number, raw in _rows(data, where):
     try:
       found = row(json.loads(raw) if isinstance(raw, bytes) else raw)
@@ -403,13 +404,13 @@ def _parsed(
 
 
 def _rows(data: bytes, where: str) -> Iterator[tuple[int, Any]]:
-  """Numbered rows: decoded ones of a list or Parquet, the bytes of JSON lines."""
+  """Yields numbered rows: decoded from a list or Parquet, as bytes from JSON lines."""
   if where.endswith(".parquet"):
     import pyarrow.parquet
 
     try:
       table = pyarrow.parquet.read_table(io.BytesIO(data))
-    except (OSError, ValueError) as error:  # pyarrow's own errors are of these.
+    except (OSError, ValueError) as error:  # pyarrow's errors derive from these.
       raise ValueError(f"{where} is no Parquet file ({error}).") from error
     yield from enumerate(table.to_pylist(), start=1)
   elif data.lstrip().startswith(b"["):
@@ -433,11 +434,11 @@ def _malformed(where: str, number: int, example: str, raw: Any) -> str:
 
 
 def _config_of(content: bytes) -> str:
-  """A name for prepared data made from its content."""
+  """A name for prepared data, derived from its content."""
   return "local_" + hashlib.sha256(content).hexdigest()[:16]
 
 
-# --- A person's own data ---
+# --- A user's own data ---
 
 
 def _load_own(kind, place, split, row, fields) -> Sequence[Problem]:
@@ -446,7 +447,7 @@ def _load_own(kind, place, split, row, fields) -> Sequence[Problem]:
     raise ValueError(f"{kind}: names no data; write {own}.")
   listed = f"{place} {split} {fields}"
   if kind == "hf":
-    # What the hub held at the first use is kept: later ones need no network.
+    # The data of the first use is kept: later uses need no network.
     config = builders.noted("opo_hub.json", listed)
     if config and (builder := builders.find("own", config)):
       return builders.Prepared(builder, "rows")
@@ -467,7 +468,7 @@ def _load_own(kind, place, split, row, fields) -> Sequence[Problem]:
     for path, content in zip(paths, contents, strict=True):
       where = str(path)
       if kind != "jsonl" and path.suffix != ".parquet":
-        where += ".parquet"  # its name says how a file is read
+        where += ".parquet"  # the suffix decides the format
       for number, (question, answer) in _parsed(content, where, row, _OWN_EXAMPLE):
         if not answer:
           raise ValueError(_malformed(where, number, _OWN_EXAMPLE, question))
@@ -491,7 +492,7 @@ _OWN_EXAMPLE = (
 
 
 def _hub_files(place: str, split: str) -> list[pathlib.Path]:
-  """The Parquet files of a hub data set's split, which the hub makes of every one."""
+  """The Parquet files of a hub data set's split, which the hub converts itself."""
   owner, _, rest = place.partition("/")
   name, _, config = rest.partition("/")
   names = _of_hub("list_repo_files", place, f"{owner}/{name}")
@@ -516,15 +517,15 @@ def _hub_files(place: str, split: str) -> list[pathlib.Path]:
 
 
 def _of_hub(function: str, place: str, *arguments: str) -> Any:
-  """What a function of `huggingface_hub` gives; says what to do where it fails."""
+  """Calls a function of `huggingface_hub`; converts its errors to ValueError."""
   import huggingface_hub
 
   try:
     return getattr(huggingface_hub, function)(
       *arguments, repo_type="dataset", revision="refs/convert/parquet"
     )
-  # Without a network it lets its HTTP library's errors through, which are no OSErrors
-  # and whose library is another one from version to version.
+  # Without a network, the errors of its HTTP library are raised: no OSErrors, and of a
+  # library that depends on the version.
   except Exception as error:
     raise ValueError(
       f"cannot download hf:{place} ({error}); connect to the network, or get its"

@@ -1,4 +1,4 @@
-"""Endless, shuffled, resumable streams of problems, for one process and for many."""
+"""Endless, shuffled, resumable streams of problems, for one or several processes."""
 
 import functools
 import operator
@@ -13,11 +13,11 @@ T = TypeVar("T")
 
 
 class OnDemand(Sequence[T]):
-  """Things that are made when they are first asked for, each once.
+  """A sequence whose items are created on first access, each once.
 
   Args:
-    length: how many there are.
-    make: place -> the thing.
+    length: number of items.
+    make: index -> item.
 
   >>> squares = OnDemand(3, lambda i: print("made", i) or i * i)
   >>> squares[-1], squares[2], len(squares)
@@ -38,19 +38,18 @@ class OnDemand(Sequence[T]):
 class ProblemStream:
   """An endless, shuffled, resumable stream of problems.
 
-  Epoch e visits every problem once, in a permutation drawn from (seed, e) alone.
+  Epoch e visits every problem once, in a permutation that depends on (seed, e) only.
 
-  Of several processes each has the same stream, at the same place: what one takes, all
-  take. A problem is read by the process that asks for it, so that each reads its own
-  share of a batch, no problem is sampled twice over processes, and a checkpoint of some
-  processes is one for any other number of them.
+  All processes have the same stream at the same position and take the same problems. A
+  process reads only the problems that it accesses: its share of a batch. No problem is
+  sampled by two processes, and a checkpoint is valid for any number of processes.
 
   Args:
     problems: any sequence; it is only indexed.
-    seed: non-negative; another seed gives another order.
+    seed: non-negative; it determines the order.
 
   Raises:
-    ValueError: no problems, or an impossible seed.
+    ValueError: no problems, or a negative seed.
 
   Example: `ProblemStream(load("gsm8k", "train"), seed=0).take(32)`
   """
@@ -69,10 +68,10 @@ class ProblemStream:
     self._order = self._epoch_order()
 
   def take(self, n: int) -> Sequence[Problem]:
-    """Gives the next n problems; each is read when it is first asked for.
+    """Takes the next n problems; each is read on first access.
 
-    An epoch may end inside: then a problem can occur twice in what is returned, once
-    from each epoch. n may exceed an epoch.
+    If an epoch ends within the n problems, a problem can occur twice, once from each
+    epoch. n may exceed an epoch.
     """
     if n < 0:
       raise ValueError(f"cannot take {n} problems; expected 0 or more.")
@@ -88,14 +87,14 @@ class ProblemStream:
 
   @property
   def num_taken(self) -> int:
-    """Problems taken so far."""
+    """The number of problems taken so far."""
     return self._epoch * len(self._order) + self._position
 
   def state(self) -> dict[str, int]:
-    """Gives the place in the stream as plain integers, fit for JSON.
+    """Returns the position in the stream as integers, for JSON.
 
-    `epoch` and `position` (problems taken of the epoch) are the place; `size` and
-    `seed` are what it is valid for.
+    `epoch` and `position` (problems taken in the epoch) are the position; it is valid
+    for `size` and `seed`.
     """
     return {
       "epoch": self._epoch,
@@ -105,17 +104,17 @@ class ProblemStream:
     }
 
   def restore(self, state: Mapping[str, Any]) -> None:
-    """Goes to the place a `state()` names.
+    """Restores the position of a `state()`.
 
     Raises:
-      ValueError: the state belongs to other data or another seed, or is not one; the
-        stream then stays where it was.
+      ValueError: a state of other data or another seed, or a malformed one; the stream
+        is then unchanged.
     """
     own = self.state()
     if set(state) != set(own):
       raise ValueError(
         f"a stream's state has the keys {sorted(own)}, got {sorted(map(str, state))}; "
-        "restore what ProblemStream.state() gave."
+        "restore a result of ProblemStream.state()."
       )
     remedy = {
       "size": "problems; resume with the data the run was started with",
@@ -137,33 +136,33 @@ class ProblemStream:
     self._order = self._epoch_order()
 
   def _epoch_order(self) -> np.ndarray:
-    """Gives the indices into the problems in this epoch's order."""
+    """The indices of the problems, in the order of this epoch."""
     entropy = np.random.SeedSequence(self._seed, spawn_key=(self._epoch,))
-    # Sorting raw bits, not Generator.permutation: NumPy promises the bits of Philox
-    # for good, the algorithms of Generator only within a version, and a run may be
-    # resumed after an upgrade.
+    # Sorted raw bits, not Generator.permutation: NumPy keeps the bits of Philox over
+    # versions, but not the algorithms of Generator, and a run may resume after an
+    # upgrade.
     keys = np.random.Philox(entropy).random_raw(len(self._problems))
     return np.argsort(keys, kind="stable")
 
 
 class MixtureStream:
-  """Streams of several sources, mixed by weight.
+  """A weighted mixture of streams of several sources.
 
-  After n problems each of k sources has given its share of n to within 1 - 1/(2k - 2),
-  so always to within one: every place goes, of the sources that are behind their share,
-  to the one that would be too far behind first (Tijdeman's algorithm for the chairman
-  assignment problem, https://doi.org/10.1016/0012-365X(80)90269-1). Nothing is drawn:
-  the mixture is the same in every process and after every resume, and a batch has no
-  more of a source by chance. Within a source the order is that of its own
-  `ProblemStream`; a small source with a large weight is at its second epoch while a
-  large one is still in its first.
+  After n problems, the count of each of k sources differs from its share of n by at
+  most 1 - 1/(2k - 2), less than one. The next problem comes from the source with the
+  earliest deadline among those behind their share (Tijdeman's algorithm for the
+  chairman assignment problem, https://doi.org/10.1016/0012-365X(80)90269-1). The
+  mixture is deterministic: equal in every process and after every resume, without
+  random variation between batches. Within a source the order is that of its
+  `ProblemStream`; a small source of large weight is in its second epoch while a large
+  one is still in its first.
 
   Args:
     parts: name -> (weight, problems); weights above 0, of any sum.
-    seed: of every part's order.
+    seed: of the order of every part.
 
   Raises:
-    ValueError: no parts, a weight of 0, or what `ProblemStream` refuses.
+    ValueError: no parts, a weight of 0, or an error of `ProblemStream`.
 
   Example: `MixtureStream({"gsm8k": (1, a), "math": (2, b)}, seed=0).take(32)`
   """
@@ -182,7 +181,7 @@ class MixtureStream:
     }
 
   def take(self, n: int) -> Sequence[Problem]:
-    """Gives the next n problems; each is read when it is first asked for."""
+    """Takes the next n problems; each is read on first access."""
     if n < 0:
       raise ValueError(f"cannot take {n} problems; expected 0 or more.")
     taken = {name: stream.num_taken for name, stream in self._streams.items()}
@@ -190,7 +189,7 @@ class MixtureStream:
     taken_one_by_one = []
     for _ in range(n):
       place = sum(taken.values()) + 1
-      # One at least is behind by the slack; rounding shall not lose it.
+      # At least one source is behind by the slack; 1e-9 absorbs rounding.
       behind = [
         name
         for name, share in self._shares.items()
@@ -202,17 +201,17 @@ class MixtureStream:
     return OnDemand(n, lambda i: taken_one_by_one[i][0])
 
   def state(self) -> dict[str, Any]:
-    """Gives the place in every source, and the shares it is valid for."""
+    """Returns the position in every source, and the shares for which it is valid."""
     return {
       "shares": dict(self._shares),
       "streams": {name: stream.state() for name, stream in self._streams.items()},
     }
 
   def restore(self, state: Mapping[str, Any]) -> None:
-    """Goes to the place a `state()` names.
+    """Restores the position of a `state()`.
 
     Raises:
-      ValueError: the state belongs to another mixture; the stream stays where it was.
+      ValueError: a state of another mixture; the stream is then unchanged.
     """
     if state.get("shares") != self._shares or set(state.get("streams", ())) != set(
       self._streams

@@ -43,7 +43,7 @@ def majority_at_k(
 
   The exact mean over all C(n, k) subsets of the samples. Answers that tie for the first
   place win equally often; None casts no vote, and a subset without any vote counts as
-  wrong. Answers are equal if their strings are: pass normalised ones.
+  incorrect. Answers are equal if their strings are: pass normalised ones.
   Self-consistency, https://arxiv.org/abs/2203.11171.
 
   Args:

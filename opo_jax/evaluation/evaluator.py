@@ -32,7 +32,7 @@ class Evaluator:
 
   @property
   def is_graded(self) -> bool:
-    """Whether rewards are graded scores, not right or wrong."""
+    """Whether rewards are graded scores, not correct or incorrect."""
     return getattr(self.scorer, "is_graded", False)
 
   def evaluate(self, policy: Any) -> dict[str, float]:
@@ -83,7 +83,7 @@ class Evaluator:
           reward=None if np.isnan(verified) else float(verified),
           length=int(rollouts.lengths[i]),
           finished=bool(rollouts.finished[i]),
-          truth=true_score(text, problem.answer),
+          true_score=true_score(text, problem.answer),
         )
       )
     return responses

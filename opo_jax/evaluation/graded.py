@@ -1,6 +1,6 @@
 """Evaluation of graded responses: mean scores, and win rates over the start policy.
 
-A graded reward is real-valued, not right or wrong, so that pass@k has nothing to
+A graded reward is real-valued, not correct or incorrect, so that pass@k has nothing to
 count. The mean score and the win rate take its place: how often a judge prefers this
 policy's response to the start policy's response to the same question.
 """
@@ -46,9 +46,9 @@ def per_problem(
 
   Returns:
     `reward_score` and `reward_win_rate` over the start policy, from the rewards;
-    `true_score` and `true_win_rate`, from the truth where it is known; and what
-    `evaluation.response_statistics` returns. A question without a scorable response has
-    no score.
+    `true_score` and `true_win_rate`, from the true scores where they are known; and
+    what `evaluation.response_statistics` returns. A question without a scorable
+    response has no score.
 
   >>> responses = [
   ...   Response("a", i, "so", "", None, reward, 2, True)
@@ -89,5 +89,5 @@ def _scores(rows: Sequence[Response]) -> dict[str, np.ndarray]:
   """Judge -> the score of each response, NaN where it has none."""
   return {
     "reward": np.array([row.reward for row in rows], float),
-    "true": np.array([row.truth for row in rows], float),
+    "true": np.array([row.true_score for row in rows], float),
   }

@@ -26,8 +26,8 @@ class Response:
     reward: above 0.5 is correct; None is unscorable.
     length: tokens, the end token included.
     finished: False where the length limit truncated the response.
-    truth: the true score, where a benchmark has a formula for it that the reward does
-      not see; else None.
+    true_score: from a benchmark's own formula, which the reward does not see; else
+      None.
   """
 
   id: str
@@ -38,7 +38,7 @@ class Response:
   reward: float | None
   length: int
   finished: bool
-  truth: float | None = None
+  true_score: float | None = None
 
 
 def by_problem(responses: Sequence[Response]) -> dict[str, list[Response]]:

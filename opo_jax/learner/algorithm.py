@@ -1,6 +1,6 @@
 """The settings of an update, and the losses it can minimise, by name.
 
-The losses of `opo_jax/losses.py` stand here behind one signature, `Objective`.
+The losses of `opo_jax/losses/` stand here behind one signature, `Objective`.
 """
 
 import dataclasses

@@ -8,7 +8,7 @@
     optimizer_steps      gather tokens -> log-probs -> loss -> gradients -> optimiser
 
 `algorithm.py` has the settings and the objectives by name, `forward.py` the forward
-pass; losses and baselines are `opo_jax/losses.py` and `opo_jax/advantages.py`.
+pass; losses and baselines are `opo_jax/losses/` and `opo_jax/advantages.py`.
 """
 
 import dataclasses

@@ -150,6 +150,8 @@ def attention(
       windowed=windowed,
       mesh=mesh,
     )
+  # Layers are scanned as one program: a layer without a window has one that excludes no
+  # key.
   if window is not None and windowed is not None:
     window = jnp.where(windowed, window, jnp.iinfo(jnp.int32).max)
   parts = [_per_row(part) for part in parts]
@@ -192,7 +194,7 @@ def _in_blocks(block, queries):
   num_blocks = -(-T // _BLOCK)
   if num_blocks == 1:
     return block(queries)
-  size = -(-T // num_blocks)
+  size = -(-T // num_blocks)  # equal blocks: at most num_blocks - 1 queries of padding
 
   def split(array):  # [B, T, ...] -> [blocks, B, size, ...]
     if array.shape[1] == 1:  # the same for all queries
@@ -212,9 +214,11 @@ def _attend(query_BTHE, parts, masks):
   K = parts[0].key.shape[1]
   # Query head h reads key-value head h // (H / K): heads split into (K, R).
   query = query_BTHE.reshape(B, T, K, H // K, E) * (E**-0.5)
-  query = query.transpose(0, 2, 3, 1, 4)
+  query = query.transpose(0, 2, 3, 1, 4)  # [B, K, R, T, E], head-major like the keys
   scores = [_scores(query, part, mask) for part, mask in zip(parts, masks, strict=True)]
   scores = jnp.concatenate(scores, axis=-1)
+  # Float32 up to here. Probabilities in the activations' dtype make the product with
+  # the values a fast matmul, whose sums are float32 again.
   probs = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
   out, end = 0.0, 0  # end: the part's last column in the concatenated scores
   for part in parts:
@@ -230,7 +234,7 @@ def _per_row(part: Keys) -> Keys:
     return part
   shards, rows = part.rows.shape
 
-  def take(array):
+  def take(array):  # [C, ...] -> [B, ...], each shard from its own C / shards entries
     entries = array.reshape(shards, -1, *array.shape[1:])
     taken = jax.vmap(lambda entries, rows: entries[rows])(entries, part.rows)
     return taken.reshape(shards * rows, *array.shape[1:])

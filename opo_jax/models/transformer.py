@@ -258,6 +258,7 @@ class Policy(nnx.Module):
       return nnx.Param(std * jax.random.normal(key, shape), axes=("vocab", "embed"))
 
     self.embedding = table(embedding_key)
+    # One Block whose arrays have a leading axis L, as `_scan_blocks` slices them.
     self.layers = nnx.data(
       jax.vmap(lambda key: Block(config, key))(
         jax.random.split(layers_key, config.num_layers)
@@ -317,6 +318,8 @@ class Policy(nnx.Module):
     if remat == "attention":
       attend = jax.checkpoint(attend)
 
+    # The scan slices parameters, cached keys and values, and `windowed` by layer; masks
+    # and positions of the cache are the same for all layers.
     def layer(x_BTD, inputs):
       block, keys_values, windowed = inputs
       x_BTD = checkpoint_name(x_BTD, "block_input")

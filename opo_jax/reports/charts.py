@@ -241,12 +241,12 @@ CHARTS = (
   Chart(
     "response_length",
     "Response length and truncation",
-    "Where wrong responses are longer, the length-weighted baseline differs from the "
-    "mean. Few should be truncated, and fewer unscorable by the verifier.",
+    "Where incorrect responses are longer, the length-weighted baseline differs from "
+    "the mean. Few should be truncated, and fewer unscorable by the verifier.",
     _lines(
       "length (tokens)",
       ("response_length/correct_mean", "correct", GREEN),
-      ("response_length/wrong_mean", "wrong", VERMILION),
+      ("response_length/wrong_mean", "incorrect", VERMILION),
       ("response_length/mean", "all", INK),
     ),
     _lines(

@@ -297,7 +297,7 @@ def _read_run(path: Path) -> _Run:
       responses = read_responses(file)
       if policy == "start":
         start[benchmark] = responses
-      # Graded responses are neither correct nor wrong, as in `make eval`.
+      # Graded responses are neither correct nor incorrect, as in `make eval`.
       evaluations[policy][benchmark] = (
         graded.per_problem(responses, start.get(benchmark, ()))
         if any(key.endswith("/reward_score") for key in scores)

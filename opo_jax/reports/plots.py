@@ -173,7 +173,7 @@ def _error_over_size(ax: Axes, row: Row) -> None:
 
 def _norm_over(ax: Axes, row: Row, column: int, name: str) -> None:
   points, fit = np.array(row["points"]), row["fits"][name]["within"]
-  for reward, label, color in ((0, "wrong", VERMILION), (1, "correct", GREEN)):
+  for reward, label, color in ((0, "incorrect", VERMILION), (1, "correct", GREEN)):
     x, y = np.exp(points[(points[:, 3] > 0.5) == reward][:, [column, 2]]).T
     ax.scatter(x, y, s=9, color=color, alpha=0.45, lw=0, label=label)
   ax.set(xscale="log", yscale="log", ylabel="|s|², squared norm of the score")

@@ -189,7 +189,7 @@ def _examples(samples: list[Row], *, graded: bool) -> list[tuple[str, Row]]:
   def verdict(sample: Row) -> str:
     if "reward" not in sample:
       return "unscorable"
-    return "correct" if sample["reward"] > 0.5 else "wrong"
+    return "correct" if sample["reward"] > 0.5 else "incorrect"
 
   thirds = np.array_split(sorted({sample["step"] for sample in samples}), 3)
   examples = []
@@ -200,7 +200,7 @@ def _examples(samples: list[Row], *, graded: bool) -> list[tuple[str, Row]]:
     )
     if graded and ranked:
       examples += [("high", ranked[-1]), ("low", ranked[0])]
-    for name in ("unscorable",) if graded else ("correct", "wrong", "unscorable"):
+    for name in ("unscorable",) if graded else ("correct", "incorrect", "unscorable"):
       found = [sample for sample in third if verdict(sample) == name]
       if found:
         examples.append((name, found[i * (len(found) - 1) // 2]))

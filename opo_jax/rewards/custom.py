@@ -1,11 +1,10 @@
-"""A person's own reward, named in the config as `package.module:function`.
+"""Custom rewards: a user's function, named in the config as `package.module:function`.
 
     def reward(problem, response) -> float: ...
 
-`problem` is the `Problem` with its id, question and answer. A function decorated
-with `opo_jax.rewards.batched` takes a list of each and gives a list of numbers; one
-decorated with `opo_jax.rewards.graded` says how good an answer is, not whether it is
-right.
+`problem` is the `Problem` with its id, question and answer. A function decorated with
+`opo_jax.rewards.batched` takes a list of each and returns a list of numbers; one
+decorated with `opo_jax.rewards.graded` returns a score, not a verdict.
 """
 
 import difflib
@@ -16,9 +15,9 @@ from typing import Any
 
 
 def graded(reward: Callable[..., Any]) -> Callable[..., Any]:
-  """Decorates a reward that is more or less: it is evaluated by scores and win rates.
+  """Decorates a real-valued reward: it is evaluated by mean scores and win rates.
 
-  Without it a reward above a half counts as right, for pass@k and the rest.
+  Without the decorator a reward above a half counts as correct, for pass@k and maj@k.
 
   >>> @graded
   ... def brevity(problem, response):
@@ -31,21 +30,21 @@ def graded(reward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class CustomReward:
-  """Calls a person's function as a `RewardPool` calls its verify functions.
+  """Adapts a user's function to the interface of a `RewardPool`'s verify functions.
 
-  Only the name travels to a worker, which imports the function for itself.
+  Only the name is sent to a worker, which imports the function itself.
 
   Args:
-    name: `package.module:function`; the module is looked for as by `import`.
+    name: `package.module:function`; the module is found as by `import`.
 
   Attributes:
-    batched: whether the function takes lists.
-    warm_up: what the function wants run once in each worker (its attribute), or None.
-    graded: whether its rewards are more or less, not right (above a half) or wrong.
-    takes_problems: its references are problems, not their answers.
+    batched: whether the function takes lists. warm_up: a function to run once in each
+    worker (the attribute of that name), or None. graded: whether its rewards are
+    scores, not verdicts (correct above a half). takes_problems: its references are
+    problems, not their answers.
 
   Raises:
-    ValueError: no such module or function, or the module does not import.
+    ValueError: no such module or function, or the import fails.
   """
 
   takes_problems = True
@@ -75,7 +74,7 @@ def _find(name: str) -> Callable[..., Any]:
   except Exception as error:
     raise ValueError(
       f"The reward {name!r} does not import ({type(error).__name__}: {error}); give"
-      " package.module:function, as Python imports it from the directory you are in"
+      " package.module:function, as Python imports it from the current directory"
       " (--reward.verifier)."
     ) from error
   function = getattr(module, function_name, None)

@@ -1,9 +1,8 @@
-"""Scores answers in processes that can be killed, each under a limit of its own.
+"""Scores responses in worker processes, each response under its own limits.
 
-Verification of what a policy wrote may hang, crash or eat the memory, and a time limit
-inside the process fails where it matters (C code, threads other than the main one). So
-answers are scored in other processes; one that goes wrong makes its answer unscorable
-and disturbs no other.
+Verifying a policy's text may hang, crash or exhaust memory, and a time limit within the
+process fails in C code and outside of the main thread. Worker processes can be killed:
+a failure makes its own response unscorable and affects no other.
 """
 
 import atexit
@@ -21,17 +20,17 @@ from typing import Any, NamedTuple
 
 import pebble
 
-# Spawning a worker and importing SymPy, on a machine that is busy with other things.
+# To spawn a worker and import SymPy on a busy machine.
 _START_LIMIT_S = 120.0
-# A worker whose parent was killed ends itself this long after its answer's limit.
+# A worker whose parent was killed exits this long after the limit of its response.
 _ORPHAN_GRACE_S = 10.0
-# Answers that travel to a worker together: a task costs 0.3 ms, a plain answer 0.03.
+# Responses per task: a task costs 0.3 ms, a simple response 0.03.
 _LARGEST_TASK = 64
 _GIBIBYTE = 2**30
 
 
 class Scores(NamedTuple):
-  """What a batch earned.
+  """The rewards of a batch.
 
   Attributes:
     rewards: in the order of the responses; None is unscorable.
@@ -43,7 +42,7 @@ class Scores(NamedTuple):
 
 
 def batched(verify: Callable[..., Any]) -> Callable[..., Any]:
-  """Decorates a verify function that takes lists and gives a list.
+  """Decorates a verify function that takes and returns lists.
 
   >>> @batched
   ... def same(responses, references):
@@ -56,40 +55,39 @@ def batched(verify: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class RewardPool:
-  """Scores answers in processes, each answer under a limit of time and memory.
+  """Scores responses in worker processes, under limits of time and memory.
 
-  A verification that hangs, crashes, raises or takes too much memory makes its own item
-  None and disturbs no other: its process is killed and replaced. Answers travel in
-  tasks of up to 64; a task in which anything goes wrong is done again answer by answer,
-  so a verification may be called twice for the same answer, and should be a function of
-  it alone.
+  A verification that hangs, crashes, raises or exceeds the memory limit makes its own
+  response None and affects no other: its process is killed and replaced. Tasks have up
+  to 64 responses; after any failure the responses of a task are scored again one by
+  one. `verify` may thus be called twice for a response, and should be a pure function.
 
-  Processes are spawned, never forked, since a fork of a process in which JAX runs can
-  deadlock. They import the module of `verify`; Python also imports the main script
-  again, unless it was started as `python -m package`. So keep `verify` in a module
-  without JAX, and guard a script with `if __name__ == "__main__":`.
+  Processes are spawned, never forked: a fork of a process that runs JAX can deadlock.
+  They import the module of `verify`, and Python also imports the main script again,
+  unless it was started as `python -m package`. So keep `verify` in a module without
+  JAX, and guard a script with `if __name__ == "__main__":`.
 
   Use as a context manager, or call `close()`. The workers start at once, in the
-  background. Threads may share a pool; their batches follow one another.
+  background. Threads may share a pool; their batches run one after another.
 
   Args:
     verify: (response, reference) -> reward, a top-level function. The reward must be a
-      finite number. With an attribute `batched` that is true (the decorator of this
-      module sets it) it takes lists and gives a list. An attribute `warm_up` is a
-      top-level function that is run once in every new worker, before any clock starts.
-      References are whatever `verify` expects, and pickles.
-    workers: number of processes. 0 scores in the caller's process, for quick verifiers
-      of our own: nothing can be killed there, so there is no limit.
-    timeout_s: seconds of wall clock per answer. Waiting in the queue and the start of
-      a worker do not count.
-    memory_gib: what a worker may take beyond what it has after its warm-up, in GiB of
-      address space; more is a MemoryError. Held where the platform can (Linux).
+      finite number. With a true attribute `batched` (set by the decorator of this
+      module) it takes and returns lists. An attribute `warm_up` is a top-level function
+      that runs once in every new worker, before any timeout starts. References may be
+      any picklable values that `verify` expects.
+    workers: number of processes. 0 scores in the caller's process, for fast verifiers
+      of ours: nothing can be killed there, so there is no limit.
+    timeout_s: wall-clock seconds per response, without waiting in the queue or starting
+      a worker.
+    memory_gib: address space that a worker may use beyond that after its warm-up, in
+      GiB; more raises MemoryError. Enforced on Linux.
 
   Attributes:
     last_errors: (index, reason) for every None of the last batch, by index.
 
   Raises:
-    ValueError: a count or limit makes no sense, or `verify` cannot be sent to a worker.
+    ValueError: an invalid count or limit, or a `verify` that cannot be pickled.
 
   Example:
     with RewardPool(math_reward, workers=8, timeout_s=5.0) as pool:
@@ -111,7 +109,7 @@ class RewardPool:
     for name, value in (("time", timeout_s), ("memory", memory_gib)):
       if not 0 < value < math.inf:
         raise ValueError(
-          f"the {name} limit of an answer must be a number of "
+          f"the {name} limit of a response must be a number of "
           f"{'seconds' if name == 'time' else 'GiB'} above 0, got {value}; "
           f"{'5' if name == 'time' else '2'} is usual."
         )
@@ -144,7 +142,7 @@ class RewardPool:
     self.close()
 
   def close(self) -> None:
-    """Kills the workers. Closing twice is harmless; a closed pool scores no more."""
+    """Kills the workers. Closing twice is harmless; a closed pool cannot score."""
     self._closed = True
     atexit.unregister(self.close)
     self._discard()
@@ -152,11 +150,11 @@ class RewardPool:
   def score(
     self, responses: Sequence[str], references: Sequence[Any]
   ) -> list[float | None]:
-    """Scores every response against the reference at the same place, and waits for it.
+    """Scores every response against its reference, and waits for the rewards.
 
     Returns:
       Rewards in the order of the responses; None is unscorable: timed out, crashed,
-      raised, or not a finite number. `last_errors` then has the reasons.
+      raised, or not a finite number. `last_errors` has the reasons.
 
     Raises:
       ValueError: the lists differ in length, or the pool is closed.
@@ -167,10 +165,10 @@ class RewardPool:
   def submit(
     self, responses: Sequence[str], references: Sequence[Any]
   ) -> "concurrent.futures.Future[Scores]":
-    """`score` in the background: `.result()` of what it gives waits for the `Scores`.
+    """Scores in the background: `.result()` of the future waits for the `Scores`.
 
     Raises:
-      ValueError: as `score`; what goes wrong later is raised by `.result()`.
+      ValueError: as `score`; later errors are raised by `.result()`.
     """
     pairs = self._pairs(responses, references)
     future: concurrent.futures.Future[Scores] = concurrent.futures.Future()
@@ -181,7 +179,7 @@ class RewardPool:
       except BaseException as error:
         future.set_exception(error)
 
-    # A daemon: an interpreter that ends does not wait for answers nobody will read.
+    # A daemon thread: an exiting interpreter does not wait for unread results.
     threading.Thread(target=work, name="rewards", daemon=True).start()
     return future
 
@@ -213,23 +211,23 @@ class RewardPool:
     tasks = [range(i, min(i + size, len(pairs))) for i in range(0, len(pairs), size)]
     try:
       outcomes = self._run(tasks, pairs)
-      # In whose task something went wrong, each is on its own now.
+      # The responses of failed tasks, each in a task of its own.
       again = [range(i, i + 1) for task in tasks for i in task if i not in outcomes]
       outcomes |= self._run(again, pairs)
-      # A verification that takes the pool itself down is not known by name: what is
-      # left goes one by one, so that the next break names it.
+      # A response that breaks the pool itself cannot be identified in a batch: the rest
+      # is scored one at a time, so that the next break identifies it.
       for index in range(len(pairs)):
         if index not in outcomes:
           outcomes |= self._run([range(index, index + 1)], pairs)
           outcomes.setdefault(index, _Outcome(None, "crashed and broke the pool"))
     except BaseException:
-      # Ctrl-C among others: what still runs belongs to nobody.
+      # Ctrl-C, for example: nothing would collect the results of running tasks.
       self._discard()
       raise
     return [outcomes[index] for index in range(len(pairs))]
 
   def _run(self, tasks: list[range], pairs: list[tuple[str, Any]]) -> dict[int, Any]:
-    """Gives outcomes by index; those are missing that are not known to be its own."""
+    """Runs tasks; returns outcomes by index, without those of unclear cause."""
     if not tasks:
       return {}
     pool = self._start()
@@ -255,7 +253,9 @@ class RewardPool:
   def _outcomes(
     self, future: concurrent.futures.Future
   ) -> "list[_Outcome] | _Outcome | None":
-    """One for each answer of a task, one for what befell the whole, None: no fault."""
+    """The outcomes of a task's responses, one failure of the task, or None if another
+    task caused it.
+    """
     if not future.done() or future.cancelled():
       return None
     error = future.exception()
@@ -265,12 +265,12 @@ class RewardPool:
       return _Outcome(None, f"timed out after {self._timeout_s:g} s")
     if isinstance(error, pebble.ProcessExpired):
       return _Outcome(None, f"crashed its process (exit code {error.exitcode})")
-    if isinstance(error, RuntimeError):  # BrokenProcessPool: not this item's doing.
+    if isinstance(error, RuntimeError):  # BrokenProcessPool: not caused by this task.
       return None
     return _Outcome(None, _shortened(error))
 
   def _start(self) -> pebble.ProcessPool:
-    """Gives the pool; the first `score` waits until it is known to work."""
+    """Returns the pool, starting it; the first `score` waits for a working worker."""
     self._check_open()
     if self._pool is None:
       self._pool = pebble.ProcessPool(
@@ -285,7 +285,7 @@ class RewardPool:
       _wait(self._pool, [self._started], _START_LIMIT_S)
       if not self._started.done() or self._started.exception() is not None:
         raise RuntimeError(
-          f"no verification worker starts (their own message is above); {self._verify} "
+          f"no verification worker starts (see its message above); {self._verify} "
           "and its warm_up must import without error, and a script that makes a pool "
           'needs `if __name__ == "__main__":` around its work.'
         )
@@ -301,10 +301,10 @@ class RewardPool:
 
 
 class _SpawnContext(multiprocessing.context.SpawnContext):
-  """Spawns, and knows what it spawned.
+  """A spawn context that keeps its processes, to kill them.
 
-  pebble closes its pipes and locks before it stops its workers: one that is just
-  starting would find them gone and print a traceback at the person.
+  pebble closes its pipes and locks before it stops its workers: a worker that is just
+  starting would fail on them and print a traceback.
   """
 
   def __init__(self) -> None:
@@ -332,10 +332,10 @@ class _Outcome(NamedTuple):
 def _wait(
   pool: pebble.ProcessPool, futures: list[concurrent.futures.Future], stall_s: float
 ) -> None:
-  """Returns when all futures are done, the pool broke, or nothing moved for stall_s.
+  """Returns when all futures are done, the pool broke, or none finished for stall_s.
 
-  A broken pool leaves what was queued in it unanswered for ever; a worker that the
-  kernel kills between taking a task and saying so does the same to that one.
+  The queued tasks of a broken pool never finish, nor does a task whose worker the
+  kernel kills between taking it and reporting so.
   """
   num_left, moved = len(futures), time.monotonic()
   while futures and pool.active and time.monotonic() - moved < stall_s:
@@ -346,9 +346,9 @@ def _wait(
 
 
 def _start_worker(verify: Callable[..., Any], memory_bytes: int) -> None:
-  """Prepares a new worker; that `verify` came here means its module is imported."""
-  # pebble's handler runs only between bytecodes: a worker that hangs in C code would
-  # ignore it, and hold up the pool for the 3 s until pebble sends SIGKILL.
+  """Prepares a new worker; unpickling `verify` has imported its module."""
+  # pebble's handler of SIGTERM runs only between bytecodes: a worker that hangs in C
+  # code would ignore it and delay the pool by 3 s, until pebble sends SIGKILL.
   signal.signal(signal.SIGTERM, signal.SIG_DFL)
   warm_up = getattr(verify, "warm_up", None)
   if warm_up is not None:
@@ -357,7 +357,7 @@ def _start_worker(verify: Callable[..., Any], memory_bytes: int) -> None:
 
 
 def _limit_memory(more_bytes: int) -> None:
-  """Lets this process take so much more address space than it has, where it can."""
+  """Limits the address space of this process to its current one and more_bytes."""
   with contextlib.suppress(ImportError, OSError, ValueError):
     import resource
 
@@ -369,7 +369,7 @@ def _limit_memory(more_bytes: int) -> None:
 def _score_task(
   verify: Callable[..., Any], pairs: list[tuple[str, Any]], alarm_s: float
 ) -> list[_Outcome]:
-  """Scores the answers of one task, in a worker."""
+  """Scores the responses of one task, in a worker."""
   with _alarm(alarm_s):
     return _score_here(verify, pairs)
 
@@ -377,9 +377,9 @@ def _score_task(
 def _score_here(
   verify: Callable[..., Any], pairs: list[tuple[str, Any]]
 ) -> list[_Outcome]:
-  """Scores answers in this process; whatever is raised becomes a short reason.
+  """Scores responses in this process; an exception becomes a short reason.
 
-  Short matters: workers answer through one pipe, and what fits its buffer is atomic.
+  Workers report through one pipe, in which only writes up to its buffer are atomic.
   """
   if not getattr(verify, "batched", False):
     return [_outcome_of(verify, *pair) for pair in pairs]
@@ -392,10 +392,10 @@ def _score_here(
     responses, references = zip(*pairs, strict=True) if pairs else ((), ())
     rewards = list(verify(list(responses), list(references)))
     if len(rewards) != len(pairs):
-      raise ValueError(f"{len(pairs)} answers got {len(rewards)} rewards")
+      raise ValueError(f"{len(pairs)} responses got {len(rewards)} rewards")
     rewards = [float(reward) for reward in rewards]
   except (Exception, SystemExit):
-    # Whose fault it is, each shows on its own.
+    # Scored one by one, each response shows whether it caused the failure.
     return [_outcome_of(verify_one, *pair) for pair in pairs]
   return [_finite(reward) for reward in rewards]
 
@@ -417,7 +417,7 @@ def _finite(reward: float) -> _Outcome:
 
 @contextlib.contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
-  """Ends this process if the block takes longer: the pool that would do it is gone."""
+  """Ends this process if the block takes longer, in case the pool is gone."""
   if not hasattr(signal, "setitimer"):
     yield
     return
@@ -434,4 +434,4 @@ def _shortened(error: BaseException) -> str:
 
 
 def _nothing() -> None:
-  """The task that shows that a worker has started."""
+  """A task that shows that a worker has started."""

@@ -1,8 +1,8 @@
-"""Reward models: the policy's decoder with a score in place of the vocabulary.
+"""Reward models: the policy's decoder with a scalar head instead of the unembedding.
 
-They are read from and written to the sequence-classification format of Hugging Face,
-trained on preference pairs (Bradley and Terry), and score rollouts as they were
-sampled: token ids, without decoding and tokenising again.
+They are read and written in the sequence-classification format of Hugging Face, trained
+on preference pairs (Bradley-Terry), and score the token ids of rollouts, without
+decoding and tokenising them again.
 """
 
 import dataclasses
@@ -22,18 +22,18 @@ from opo_jax.models.hf import abstract_policy, read_weights
 from opo_jax.models.transformer import Linear, Policy
 from opo_jax.rollouts import Rollouts, rows, select
 
-# Where a run keeps the reward model that was trained in it.
+# The subdirectory of a run that holds the reward model trained in it.
 FOLDER = "reward_model"
 
 
 class RewardModel(Policy):
-  """`Policy.hidden`, and `score` [D, 1] without a bias instead of an unembedding.
+  """A `Policy` with `score` [D, 1], without bias, instead of an unembedding.
 
-  The model of `Qwen2ForSequenceClassification` and its like, with one label.
+  Equals `Qwen2ForSequenceClassification` and its relatives, with one label.
 
   Args:
-    config: the family's numbers; there is no unembedding to tie.
-    key: random key of the fresh weights.
+    config: sizes and options of the family; `tie_embeddings` has no effect.
+    key: random key of the initial weights.
     options: of `Policy`.
   """
 
@@ -72,13 +72,13 @@ class RewardModel(Policy):
 
 
 def find(path: str | pathlib.Path) -> pathlib.Path:
-  """The model in Hugging Face format that a path means.
+  """Resolves a path to a model in Hugging Face format.
 
   Args:
-    path: a run's directory in which one was trained, or what `load` takes.
+    path: the directory of a run that trained a reward model, or a path for `load`.
 
   Raises:
-    ValueError: a run's directory without one.
+    ValueError: the directory of a run without a trained reward model.
   """
   path = pathlib.Path(path)
   trained = path / FOLDER / "model"
@@ -97,17 +97,17 @@ def load(
   dtype: Any = jnp.float32,
   param_dtype: Any = jnp.float32,
 ) -> RewardModel:
-  """Reads a reward model in the Hugging Face format.
+  """Reads a reward model in Hugging Face format.
 
   Args:
     path: a directory, or a hub id, which is downloaded.
-    mesh: where the parameters are laid out; None for one device.
+    mesh: the devices that the parameters are sharded over; None for one device.
     dtype: of activations; scores are float32 in any case.
     param_dtype: of parameters.
 
   Raises:
-    ValueError: nothing there, no sequence classifier with one label, an unsupported
-      field, or weights that do not match, with their names.
+    ValueError: no model at `path`, no sequence classifier with one label, an
+      unsupported field, or weights that do not match, by name.
   """
   config = read_config(path, head=RewardModel.head)
   options = dict(mesh=mesh, dtype=dtype, param_dtype=param_dtype)
@@ -115,11 +115,11 @@ def load(
 
 
 def from_policy(policy: Policy, key: jax.Array) -> RewardModel:
-  """A policy's decoder with a fresh score: where training on pairs starts.
+  """Initialises a reward model from a policy's decoder and a random score head.
 
   Args:
-    policy: its unembedding is left behind.
-    key: random key of the score.
+    policy: its unembedding is not used.
+    key: random key of the score head.
   """
   model = RewardModel(
     policy.config,
@@ -137,21 +137,21 @@ def from_policy(policy: Policy, key: jax.Array) -> RewardModel:
 
 @functools.partial(jax.jit, static_argnames="parts")
 def score(model: RewardModel, rollouts: Rollouts, *, parts: int = 1) -> jax.Array:
-  """The score of every rollout, prompt and response together: [N] float32.
+  """Scores every rollout, prompt and response together: [N] float32.
 
-  It is read at the last token that was sampled, which is the end token where there is
-  one; `Rollouts.lengths` say where that is, never a token's id. (Where a response is
-  empty, at the prompt's last token.)
+  The score is read at the last sampled token, the end token if there is one, located by
+  `Rollouts.lengths`, never by a token's id. (For an empty response, at the prompt's
+  last token.)
 
   Args:
-    model: sees the tokens as they are, so it must share the policy's vocabulary.
+    model: must share the policy's vocabulary.
     rollouts: N rows.
-    parts: the rows are scored in so many parts, one after the other, to save memory.
+    parts: number of parts that are scored one after another, to save memory.
   """
   N = rollouts.tokens.shape[0]
   multiple = parts * sharding.batch_shards(model.mesh)
-  # What the last part lacks is filled up with the last row. Every part takes rows
-  # from every device.
+  # The last row pads the last part. A part takes every parts-th row, so that each
+  # device scores its own rows: N 7, parts 2 -> rows 0 2 4 6, then 1 3 5 6.
   rows_N = jnp.minimum(jnp.arange(math.ceil(N / multiple) * multiple), N - 1)
   scores = jax.lax.map(
     lambda indices: _scores(model, select(rollouts, indices)),
@@ -178,26 +178,26 @@ def bradley_terry(
   margin: float | jax.Array = 0.0,
   center: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """The loss of a reward model on pairs of answers of which one was preferred.
+  """The Bradley-Terry loss of a reward model on preference pairs.
 
       loss = mean( -log sigmoid(r_chosen - r_rejected - margin)
                    + center (r_chosen + r_rejected)^2 )
 
-  The first term is the likelihood of the preferences under the model of Bradley and
-  Terry, P(a preferred to b) = sigmoid(r_a - r_b), https://doi.org/10.2307/2334029; with
-  a margin, https://arxiv.org/abs/2307.09288 (section 3.2.2). Only differences count in
-  it; the second term keeps the scores around 0, https://arxiv.org/abs/2312.09244
+  The first term is the negative log-likelihood of the preferences under the model
+  P(a preferred to b) = sigmoid(r_a - r_b), https://doi.org/10.2307/2334029; with a
+  margin, https://arxiv.org/abs/2307.09288 (section 3.2.2). It depends on differences
+  only; the second term centres the scores at 0, https://arxiv.org/abs/2312.09244
   (appendix A, with 0.01).
 
   Args:
-    chosen: [N] scores of the preferred answers.
+    chosen: [N] scores of the preferred responses.
     rejected: [N] scores of the others.
-    margin: by how much more the preferred one should be ahead, [N] or one number.
+    margin: the required lead of the preferred response, [N] or one number.
     center: weight of the second term.
 
   Returns:
-    float32 scalar, and a dict: `accuracy`, the share of pairs in the right order (equal
-    scores count half), and `margin`, the mean of `chosen - rejected`.
+    float32 scalar, and a dict: `accuracy`, the fraction of correctly ordered pairs
+    (equal scores count half), and `margin`, the mean of `chosen - rejected`.
 
   Raises:
     ValueError: shapes that differ, or no pair.
@@ -224,9 +224,9 @@ class PairUpdate:
   """`update(state, pairs) -> state, metrics`: one optimiser step on a batch of pairs.
 
   Args:
-    optimizer: Optax's.
+    optimizer: of Optax.
     margin, center: of `bradley_terry`.
-    remat: what the backward pass computes again, one of `models.transformer.REMAT`.
+    remat: what the backward pass recomputes, one of `models.transformer.REMAT`.
   """
 
   def __init__(
@@ -241,11 +241,11 @@ class PairUpdate:
     self._optimizer, self._jitted = optimizer, None
 
   def __call__(self, state: Any, pairs: Rollouts) -> tuple[Any, dict[str, jax.Array]]:
-    """One update.
+    """Takes one optimiser step.
 
     Args:
       state: a TrainState of a reward model; donated.
-      pairs: 2B rows: a preferred answer, then the other one of its pair, and so on.
+      pairs: 2B rows: the preferred response of a pair, then the other, pair by pair.
 
     Returns:
       The new state, and `loss`, `accuracy`, `margin`, `grad_norm` as float32 scalars.
@@ -277,6 +277,6 @@ def pair_loss(
   center: float = 0.0,
   remat: str = "none",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """`bradley_terry` of a batch, rows as `PairUpdate` takes them."""
+  """`bradley_terry` of a batch, with rows as in `PairUpdate`."""
   scores_B2 = _scores(model, pairs, remat).reshape(-1, 2)
   return bradley_terry(scores_B2[:, 0], scores_B2[:, 1], margin=margin, center=center)

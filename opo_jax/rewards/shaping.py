@@ -1,8 +1,8 @@
-r"""What a response earns or loses besides being right: format, length, repetition.
+r"""Reward shaping: bonuses and penalties for format, length and repetition.
 
 Pure functions of one response. A run adds each, times its weight, to the verifier's
-reward, and logs each by its name. None of them touches the lengths that the baseline
-weighs with: a long answer is weighed as long, whatever it was fined.
+reward, and logs each by name. The lengths that weight the OPO baseline stay the actual
+ones: a penalised response keeps its length.
 """
 
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from opo_jax.rewards.answers import boxed
 
 
 def has_format(response: str, kind: str) -> float:
-  r"""1.0 for a response of the wanted format, else 0.0.
+  r"""Returns 1.0 for a response of the required format, else 0.0.
 
   Args:
     response: the text.
-    kind: `boxed`: the last `\boxed{…}` holds something and is closed. `think`: thought
-      that ends with one `</think>`, and then such a box; `<think>` may stand before it,
-      or in the prompt.
+    kind: `boxed`: the last `\boxed{…}` is closed and not empty. `think`: a thought that
+      ends with one `</think>`, followed by such a box; `<think>` may precede it, or end
+      the prompt.
 
   Raises:
-    ValueError: another kind.
+    ValueError: an unknown kind.
 
   >>> has_format(r"so \boxed{4}", "boxed"), has_format(r"so \boxed{4}", "think")
   (1.0, 0.0)
@@ -30,8 +30,8 @@ def has_format(response: str, kind: str) -> float:
   if kind == "boxed":
     return float(bool(boxed(response)))
   if kind == "think":
-    # No regular expression: this reads whatever a policy writes, in the trainer itself,
-    # and a search that goes back over a megabyte of white space does not end.
+    # No regular expression: this reads a policy's text in the training process, where a
+    # pattern that backtracks over a megabyte of white space would hang the run.
     thought, end, answer = response.partition("</think>")
     opened = "<think>" in thought.lstrip().removeprefix("<think>")
     one_thought = bool(end) and not opened and "think>" not in answer
@@ -48,11 +48,11 @@ def soft_overlong(length: int, *, max_tokens: int, buffer_tokens: int) -> float:
 
   Args:
     length: l, response tokens, the end token included.
-    max_tokens: L_max, where a response is cut off.
-    buffer_tokens: L_cache, the last tokens before it, over which the fine grows.
+    max_tokens: L_max, the length limit of responses.
+    buffer_tokens: L_cache, the last tokens before it, over which the penalty grows.
 
   Raises:
-    ValueError: a buffer that is empty or longer than the limit.
+    ValueError: a buffer of 0 or more than `max_tokens`.
 
   https://arxiv.org/abs/2503.14476
 
@@ -69,17 +69,17 @@ def soft_overlong(length: int, *, max_tokens: int, buffer_tokens: int) -> float:
 
 
 def repetition(tokens: Sequence[int], *, ngram: int) -> float:
-  """Minus the share of n-grams that occurred before in the same response.
+  """Minus the fraction of n-grams that occurred earlier in the same response.
 
       |distinct n-grams| / |n-grams| - 1
 
-  0 where nothing repeats, and for a response shorter than n; towards -1 for a loop. As
-  a penalty on repeated n-grams in https://arxiv.org/abs/2502.03373, but as a share, so
-  that it does not grow with the length.
+  0 without repetition and for a response shorter than n; towards -1 for a loop. The
+  penalty on repeated n-grams of https://arxiv.org/abs/2502.03373, but a fraction, so
+  that it does not grow with length.
 
   Args:
     tokens: of the response.
-    ngram: n, at least 1. Long ones let honest text repeat its terms.
+    ngram: n, at least 1. A large n lets legitimate text repeat its terms.
 
   >>> repetition([1, 2, 3, 4], ngram=2), repetition([7, 7, 7, 7, 7], ngram=2)
   (0.0, -0.75)
