@@ -7,9 +7,7 @@ take plain values.
 
 import dataclasses
 import difflib
-import json
 import math
-import pathlib
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -385,14 +383,6 @@ class Distributed:
   process_id: int = -1
 
 
-# Flags that change only time and memory: a resumed run may change them.
-FREE_TO_CHANGE = {
-  "--model.remat", "--reward.workers", "--rollout.slots", "--rollout.gather-weights",
-  "--algorithm.micro-batch-tokens", "--optimizer.offload", "--record.print-every",
-  "--profile.steps",
-}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Config:
   """A training run.
@@ -529,91 +519,6 @@ def _check_profile(profile: Profile, num_steps: int) -> None:
       f"--profile.steps is {profile.steps!r}; give the first and the last step, such as"
       f" 5:8, from 1 to {num_steps} (--steps)."
     )
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-  """The content of `config.json`: nested plain values, tuples as lists."""
-  values = json.loads(json.dumps(dataclasses.asdict(config)))
-  del values["distributed"]  # no property of the run
-  return values
-
-
-def from_dict(values: dict[str, Any]) -> Config:
-  """The inverse of `to_dict`.
-
-  Raises:
-    ValueError: an unknown or missing key, or a value of the wrong type.
-  """
-
-  def build(cls, values, where):
-    if not isinstance(values, dict):
-      raise ValueError(
-        f"config.json: {where.rstrip('.') or 'Config'} is no object of fields, got"
-        f" {str(values)[:80]!r}; restore the file of the run."
-      )
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown, missing = values.keys() - fields.keys(), fields.keys() - values.keys()
-    if unknown or missing:
-      raise ValueError(
-        f"config.json was written by another version of opo_jax: {where or 'Config'}"
-        f" has unknown fields {sorted(unknown)} and misses {sorted(missing)}; check out"
-        " the commit named in run.json."
-      )
-    kwargs = {
-      name: build(fields[name].type, value, f"{where}{name}.")
-      if dataclasses.is_dataclass(fields[name].type)
-      else tuple(value)
-      if isinstance(value, list)
-      else value
-      for name, value in values.items()
-    }
-    try:
-      return cls(**kwargs)
-    except TypeError as error:  # A check compared a value of the wrong type.
-      raise ValueError(
-        f"config.json: a value of {where.rstrip('.') or 'Config'} is of another type"
-        f" ({error}); restore the file of the run."
-      ) from error
-
-  own = {"distributed": dataclasses.asdict(Distributed())}
-  return build(Config, values | own if isinstance(values, dict) else values, "")
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The JSON object in a file of a run, such as config.json.
-
-  Raises:
-    ValueError: the file holds something else.
-  """
-  try:
-    values = json.loads(path.read_bytes())
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path} is not JSON ({error}); restore the file.") from error
-  if not isinstance(values, dict):
-    raise ValueError(f"{path} holds no JSON object; restore the file.")
-  return values
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix="") -> list[str]:
-  """One line `--flag: old -> new` for every value that differs."""
-  lines = []
-  for key in sorted(old.keys() | new.keys()):
-    before, after = old.get(key), new.get(key)
-    if isinstance(before, dict) and isinstance(after, dict):
-      lines += differences(before, after, f"{prefix}{key}.")
-    elif before != after:
-      flag = f"{prefix}{key}".replace("_", "-")
-      lines.append(f"--{flag}: {before!r} -> {after!r}")
-  return lines
-
-
-def conflicts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """The `differences` that a resumed run must not have."""
-  return [
-    line
-    for line in differences(old, new)
-    if line.partition(": ")[0] not in FREE_TO_CHANGE
-  ]
 
 
 def near_names(name: str, names) -> str:

@@ -19,13 +19,13 @@ PACKAGE = ROOT / "opo_jax"
 # about the architecture. A package stands for itself and for all of its modules.
 MAY_IMPORT = """
 opo_jax:
-__main__: commands config devices loop planning reports reward_training variance
+__main__: commands config devices loop planning reports reward_training storage variance
 advantages:
 build: config devices learner models sampler
 commands:
 commands.data: data
 commands.evaluate: build config evaluation run scorer storage
-commands.export: config models run
+commands.export: config models run storage.json_files
 commands.sample: build config data.prompts run
 commands.variance: build config run scorer storage.json_files variance
 config:
@@ -142,8 +142,9 @@ scorer: config data devices reports.terminal rewards rollouts
 sft: build config data metrics rollouts run sampler storage.json_files
 storage:
 storage.checkpoint:
+storage.config_file: config
 storage.directory: config devices.distributed models.lora storage.checkpoint
-  storage.json_files storage.run_json
+  storage.config_file storage.json_files storage.run_json
 storage.json_files:
 storage.record: storage.json_files
 storage.run_json: storage.json_files

@@ -21,6 +21,9 @@ from opo_jax.config import (
   Model,
   Profile,
   Rollout,
+)
+from opo_jax.storage.config_file import (
+  FREE_TO_CHANGE,
   conflicts,
   differences,
   from_dict,
@@ -116,7 +119,7 @@ def test_what_changes_time_and_memory_alone_is_no_conflict():
   assert len(differences(old, new)) == 4
   assert conflicts(old, new) == ["--seed: 0 -> 1"]
   # A name of no field would be without effect.
-  for flag in config_lib.FREE_TO_CHANGE:
+  for flag in FREE_TO_CHANGE:
     section, name = flag.removeprefix("--").replace("-", "_").split(".")
     assert name in old[section], flag
 

@@ -12,12 +12,13 @@ from experiments import gsm8k_smoke
 from experiments.quickstart import get_config
 from opo_jax import __main__ as command_line
 from opo_jax import build, sft
-from opo_jax.config import Eval, from_dict, to_dict
+from opo_jax.config import Eval
 from opo_jax.data import arithmetic, sources
 from opo_jax.evaluation import pass_rates, read_responses, summarise
 from opo_jax.evaluation.evaluator import Evaluator
 from opo_jax.run import Run
 from opo_jax.storage.checkpoint import fingerprint
+from opo_jax.storage.config_file import from_dict, to_dict
 
 FLAGS = ["--eval.problems=6", "--eval.samples=2", "--eval.chunk=2"]
 
