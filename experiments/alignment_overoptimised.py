@@ -1,10 +1,10 @@
-"""A reward model of few labels, followed too far: its score rises, the true one falls.
+"""Over-optimisation: a reward model trained on few labels is optimised too far.
 
-Claim:    with a sixteenth of the labels the policy soon finds answers that the reward
-          model likes and nobody else does, and on-policy training without a reference
-          model does not hold it back.
+Claim:    with a sixteenth of the labels, the policy finds responses that the reward
+          model scores high and the true score does not. On-policy training without a
+          KL penalty does not prevent this.
 Command:  make train EXP=alignment_overoptimised
-Hardware: any; 2 CPU cores need a few minutes.
+Hardware: any; a few minutes on 2 CPU cores.
 Result:   see docs/alignment.md.
 """
 

@@ -1,10 +1,10 @@
 """OPO against a reward model, without a reference model, on two CPU cores.
 
-Claim:    the true score of held-out answers rises, and most of them are better than the
-          start policy's, with a reward model that has seen labels with errors alone and
-          no reference model in the loss. How far the policy went is reported as KL.
+Claim:    the true score of held-out responses rises, and most responses win against the
+          start policy's, although the reward model is trained on noisy labels and the
+          loss has no KL penalty. The KL divergence to the start policy is reported.
 Command:  make train EXP=alignment_quickstart
-Hardware: any; 2 CPU cores need a few minutes.
+Hardware: any; a few minutes on 2 CPU cores.
 Result:   see docs/alignment.md.
 """
 

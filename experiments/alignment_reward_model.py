@@ -1,11 +1,11 @@
 """The reward model of `alignment_quickstart` alone.
 
-Claim:    it puts held-out pairs in the order people gave them nearly as often as the
-          true score does, which is the most there is to learn.
+Claim:    its accuracy on held-out pairs is close to that of the true score, which is
+          the upper bound because the labels are noisy.
 Command:  make reward-model EXP=alignment_reward_model
           make train EXP=alignment_quickstart \
             ARGS="--reward.model runs/alignment_reward_model"
-Hardware: any; 2 CPU cores need a minute or two.
+Hardware: any; one to two minutes on 2 CPU cores.
 Result:   see docs/alignment.md.
 """
 

@@ -1,7 +1,7 @@
-"""GRPO as it is usually run, off-policy: four optimiser steps on each batch, with PPO's
-clip. Against `on_policy_grpo_r1_distill_qwen_7b` it leaves the policy that sampled.
+"""GRPO as usually run, off-policy: four PPO-clip steps on each rollout batch. Its
+comparison is `on_policy_grpo_r1_distill_qwen_7b`, with one step per batch.
 
-Claim:    none yet: planned, not made (docs/scaling.md).
+Claim:    none yet: planned, not run (docs/scaling.md).
 Command:  make train EXP=grpo_r1_distill_qwen_7b
 Hardware: as opo_r1_distill_qwen_7b.
 Result:   see experiments/README.md.

@@ -1,9 +1,11 @@
-"""Every real part once: GSM8K, a real tokenizer and template, the math verifier.
+"""Every real component once: GSM8K, a real tokenizer with its chat template, the math
+verifier.
 
-Claim:    two whole steps run on a CPU with nothing mocked. The policy is tiny and
-          random, with the real vocabulary: it answers nonsense and earns nothing.
-Command:  make train EXP=gsm8k_smoke   (OPO_DATA_DIR or a network gives the data)
-Hardware: any; 2 CPU cores need about a minute.
+Claim:    two complete steps run on a CPU with nothing mocked. The policy is tiny and
+          randomly initialised, with the real vocabulary size: its responses are random
+          and its reward is 0.
+Command:  make train EXP=gsm8k_smoke   (data from OPO_DATA_DIR, else downloaded)
+Hardware: any; about a minute on 2 CPU cores.
 Result:   see experiments/README.md.
 """
 
@@ -11,7 +13,7 @@ import os
 
 from opo_jax.config import Checkpoint, Config, Data, Eval, Model, Reward, Rollout
 
-# The same tokenizer, from files that are at hand or from the hub.
+# The same tokenizer, from OPO_DATA_DIR or from the hub.
 _LOCAL = os.path.join(
   os.environ.get("OPO_DATA_DIR", ""), "tokenizer", "deepseek-r1-distill-qwen"
 )
@@ -23,7 +25,7 @@ def get_config() -> Config:
     experiment="gsm8k_smoke",
     steps=2,
     model=Model(
-      vocab_size=152_064,  # as the 7B model pads it
+      vocab_size=152_064,  # padded as in the 7B model
       width=64,
       mlp_width=128,
       num_layers=2,

@@ -1,11 +1,11 @@
-"""The quickstart with LoRA: OPO trains adapters alone, a tenth of the parameters.
+"""The quickstart with LoRA: OPO trains only adapters, a tenth of the parameters.
 
-The warm start trains every parameter, as pre-training would; RL then leaves them as
-they are and trains adapters of rank 8 on all linear layers.
+SFT trains all parameters, in place of pre-training; RL then freezes them and trains
+adapters of rank 8 on all linear layers.
 
 Claim:    held-out pass@1 rises from about 0.35 to above 0.95, as in full training.
 Command:  make train EXP=lora_quickstart
-Hardware: any; 2 CPU cores need about as long as for the quickstart.
+Hardware: any; about as long as the quickstart on 2 CPU cores.
 Result:   seed 0: 0.354 to 0.981, see docs/lora.md.
 """
 
@@ -21,6 +21,6 @@ def get_config() -> Config:
     base,
     experiment="lora_quickstart",
     model=dataclasses.replace(base.model, lora_rank=8),
-    # Ten times that of full training, as is usual for adapters.
+    # Ten times that of full training, as is usual for LoRA.
     optimizer=Optimizer(learning_rate=1e-3),
   )

@@ -1,7 +1,9 @@
-"""GRPO's advantage, exact on-policy: against `opo_r1_distill_qwen_7b` it changes the
-baseline and the division by the standard deviation, and nothing else.
+"""GRPO's advantage, exact on-policy.
 
-Claim:    none yet: planned, not made (docs/scaling.md).
+Differs from `opo_r1_distill_qwen_7b` in two settings: the advantage (group mean as
+baseline, divided by the group's standard deviation) and GRPO's aggregation.
+
+Claim:    none yet: planned, not run (docs/scaling.md).
 Command:  make train EXP=on_policy_grpo_r1_distill_qwen_7b
 Hardware: as opo_r1_distill_qwen_7b.
 Result:   see experiments/README.md.

@@ -1,13 +1,13 @@
 """OPO on GSM8K with Qwen2.5-0.5B-Instruct, for one GPU or eight TPU v5e.
 
-Claim:    none yet: this run has been planned, not made. The table in docs/scaling.md
-          says where it fits and how fast it can be at best.
+Claim:    none yet: planned, not run. The table in docs/scaling.md lists the devices
+          that it fits on and a bound on its speed.
 Command:  make train EXP=opo_qwen2_5_0_5b_gsm8k
-Hardware: a v5e-8 (make plan … TOPOLOGY=v5e:2x4), one v5e chip with
-          --algorithm.micro-batch-tokens 8192, or one GPU: of 40 GB as it stands, of
-          24 GB with --algorithm.micro-batch-tokens 16384. The GPUs' sizes are estimated
-          from the layout on one v6e chip (24 GiB in the update, start policy included):
-          JAX takes 75 % of a GPU's memory, and no GPU has run it.
+Hardware: a v5e-8 (make plan … TOPOLOGY=v5e:2x4); one v5e chip with
+          --algorithm.micro-batch-tokens 8192; one GPU of 40 GB, or of 24 GB with
+          --algorithm.micro-batch-tokens 16384. The GPU sizes are estimates from the
+          plan for one v6e chip (24 GiB in the update, start policy included), as JAX
+          allocates 75 % of a GPU's memory; the experiment has not run on a GPU.
 Result:   see experiments/README.md.
 """
 

@@ -1,8 +1,8 @@
-"""OPO learns to work carefully and to stop in time, on two CPU cores.
+"""OPO learns to work step by step and to end its responses, on two CPU cores.
 
-Claim:    held-out pass@1 of running totals rises from about 0.33 to above 0.95.
+Claim:    held-out pass@1 on running totals rises from about 0.33 to above 0.95.
 Command:  make train EXP=quickstart
-Hardware: any; 2 CPU cores need 2 to 3 minutes, half a minute to one for the warm start.
+Hardware: any; 2 to 3 minutes on 2 CPU cores, of which SFT takes half a minute to one.
 Result:   see README.md and experiments/README.md.
 """
 
@@ -13,7 +13,7 @@ def get_config() -> Config:
   return Config(
     experiment="quickstart",
     steps=120,
-    # The usual 0.02 is for wide models; at width 128 it learns far more slowly.
+    # The usual 0.02 suits wide models; at width 128, learning is far slower with it.
     model=Model(initializer_range=0.08),
     sft=SFT(steps=200, learning_rate=3e-3),
     optimizer=Optimizer(learning_rate=1e-4),

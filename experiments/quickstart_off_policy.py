@@ -1,9 +1,9 @@
 """The off-policy comparison: four PPO-clip steps on every rollout batch.
 
-Claim:    the ratio leaves 1 and the clip starts to act; quickstart beside it, with one
-          exact step per batch, has ratio 1 and clip fraction 0 throughout.
+Claim:    the importance ratio leaves 1 and the clip becomes active; in the quickstart,
+          with one step per batch, the ratio is 1 and the clip fraction 0 throughout.
 Command:  make train EXP=quickstart_off_policy
-Hardware: any; 2 CPU cores need about 3 minutes.
+Hardware: any; about 3 minutes on 2 CPU cores.
 Result:   see experiments/README.md.
 """
 

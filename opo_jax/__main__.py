@@ -272,7 +272,8 @@ def _experiment(name: str):
 
 
 def _config_of(run: pathlib.Path):
-  from opo_jax.config import from_dict, read_json
+  from opo_jax.storage.config_file import from_dict
+  from opo_jax.storage.json_files import read_json
 
   path = run / "config.json"
   if not path.is_file():
@@ -282,7 +283,7 @@ def _config_of(run: pathlib.Path):
 
 def _is_model(path: pathlib.Path) -> bool:
   """Whether a directory is a model in Hugging Face format: its config.json says so."""
-  from opo_jax.config import read_json
+  from opo_jax.storage.json_files import read_json
 
   file = path / "config.json"
   return file.is_file() and "model_type" in read_json(file)

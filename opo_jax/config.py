@@ -1,17 +1,16 @@
 """All settings of a run, one page. Each is a flag: `--rollout.group-size 16`.
 
-A field's comment is its `--help` text; its type carries its limits. Only the modules
-that assemble a run read these classes; all others take plain values.
+A field's comment and a section's docstring are their `--help` texts; a field's type
+carries its limits. Only the modules that assemble a run read these classes; all others
+take plain values.
 """
 
 import dataclasses
 import difflib
-import json
 import math
-import pathlib
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Model:
   # Data type of parameters. bfloat16 halves their memory and rounds away updates
   # smaller than 1/256 of a weight. LoRA adapters are float32 in any case.
   param_dtype: Literal["float32", "bfloat16"] = "float32"
-  # Rank of the LoRA adapters, which RL then trains alone. 0: RL trains all parameters.
+  # Rank of the LoRA adapters; RL then trains only these. 0: RL trains all parameters.
   # See docs/lora.md.
   lora_rank: NonNegativeInt = 0
   # Scale of the adapters: their product is multiplied by lora_alpha / lora_rank.
@@ -145,12 +144,12 @@ class Reward:
   # boxed: a closed, non-empty \boxed{}; think: reasoning that ends with one </think>,
   # then the box.
   format: Literal["boxed", "think"] = "boxed"
-  # Largest length penalty (DAPO's soft overlong punishment), subtracted in full at
+  # Weight of DAPO's soft overlong penalty: subtracted in full from a response of
   # max_new_tokens.
   overlong_weight: NonNegativeFloat = 0.0
-  # Tokens before max_new_tokens over which the length penalty grows linearly from 0.
+  # Tokens before max_new_tokens over which the soft overlong penalty grows linearly.
   overlong_tokens: int = 0
-  # Repetition penalty: subtracts this times the fraction of repeated token n-grams.
+  # Weight of the repetition penalty: subtracted times the fraction of repeated n-grams.
   repetition_weight: NonNegativeFloat = 0.0
   # n of the repetition penalty's n-grams, tokens.
   repetition_ngram: PositiveInt = 20
@@ -216,8 +215,8 @@ class Rollout:
   # Decoding slots: responses that are decoded at the same time. 0: as many as fit into
   # memory.
   slots: NonNegativeInt = 0
-  # Data type of the KV cache. Empty: that of the activations. A narrower type is not
-  # exactly on-policy; onpolicy/logprob_diff_* measure the difference.
+  # Data type of the KV cache. Empty: that of the activations. With a narrower type,
+  # sampler and learner differ; onpolicy/logprob_diff_* measure by how much.
   cache_dtype: Literal["", "float32", "bfloat16"] = ""
   # While sampling, hold the full weights on every fsdp shard instead of gathering them
   # for every token. Memory per device: the policy's size / mesh.tensor.
@@ -249,7 +248,7 @@ class Algorithm:
   aggregation: Literal[
     "token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "constant"
   ] = "token_mean"
-  # Optimiser steps per rollout batch. 1: exactly on-policy.
+  # Optimiser steps per rollout batch. 1: exact on-policy.
   updates_per_batch: PositiveInt = 1
   # Gradient accumulation: tokens per micro-batch, over all devices, prompts and padding
   # included. 0: no accumulation. Memory grows with it; below a few thousand tokens per
@@ -384,14 +383,6 @@ class Distributed:
   process_id: int = -1
 
 
-# Flags that change only time and memory: a resumed run may change them.
-FREE_TO_CHANGE = {
-  "--model.remat", "--reward.workers", "--rollout.slots", "--rollout.gather-weights",
-  "--algorithm.micro-batch-tokens", "--optimizer.offload", "--record.print-every",
-  "--profile.steps",
-}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Config:
   """A training run.
@@ -437,12 +428,12 @@ class Config:
 
 def _limited_fields(section: Any, prefix: str = ""):
   """(flag, value, limits) of every field with limits, in this section and below."""
-  for name, hint in get_type_hints(type(section), include_extras=True).items():
-    value = getattr(section, name)
+  for each in dataclasses.fields(section):
+    name, value = f"{prefix}{each.name}", getattr(section, each.name)
     if dataclasses.is_dataclass(value):
-      yield from _limited_fields(value, f"{prefix}{name}.")
-    for limits in getattr(hint, "__metadata__", ()):
-      yield f"--{prefix}{name}".replace("_", "-"), value, limits
+      yield from _limited_fields(value, f"{name}.")
+    for limits in getattr(each.type, "__metadata__", ()):  # of Annotated
+      yield f"--{name}".replace("_", "-"), value, limits
 
 
 def _check_data(data: Data) -> None:
@@ -469,8 +460,8 @@ def _check_reward(reward: Reward, max_new_tokens: int) -> None:
     )
   if reward.overlong_weight and not 0 < reward.overlong_tokens <= max_new_tokens:
     raise ValueError(
-      f"--reward.overlong-tokens is {reward.overlong_tokens}; the length penalty must"
-      f" grow over 1 to {max_new_tokens} tokens (--reward.overlong-tokens"
+      f"--reward.overlong-tokens is {reward.overlong_tokens}; the soft overlong"
+      f" penalty grows over 1 to {max_new_tokens} tokens (--reward.overlong-tokens"
       f" {max(1, max_new_tokens // 5)})."
     )
   if reward.verifier == "reward_model" and reward.truncated == "incorrect":
@@ -502,7 +493,7 @@ def _check_algorithm(algorithm: Algorithm, prompts_per_step: int) -> None:
     raise ValueError(
       f"--algorithm.updates-per-batch {updates} is off-policy after the first update,"
       " and policy_gradient does not correct for it; use --algorithm.loss ppo_clip, or"
-      " 1 update for exactly on-policy training (gspo, cispo and tis correct too)."
+      " 1 update for exact on-policy training (gspo, cispo and tis correct too)."
     )
   if prompts_per_step % updates:
     raise ValueError(
@@ -528,91 +519,6 @@ def _check_profile(profile: Profile, num_steps: int) -> None:
       f"--profile.steps is {profile.steps!r}; give the first and the last step, such as"
       f" 5:8, from 1 to {num_steps} (--steps)."
     )
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-  """The content of `config.json`: nested plain values, tuples as lists."""
-  values = json.loads(json.dumps(dataclasses.asdict(config)))
-  del values["distributed"]  # no property of the run
-  return values
-
-
-def from_dict(values: dict[str, Any]) -> Config:
-  """The inverse of `to_dict`.
-
-  Raises:
-    ValueError: an unknown or missing key, or a value of the wrong type.
-  """
-
-  def build(cls, values, where):
-    if not isinstance(values, dict):
-      raise ValueError(
-        f"config.json: {where.rstrip('.') or 'Config'} is no object of fields, got"
-        f" {str(values)[:80]!r}; restore the file of the run."
-      )
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown, missing = values.keys() - fields.keys(), fields.keys() - values.keys()
-    if unknown or missing:
-      raise ValueError(
-        f"config.json was written by another version of opo_jax: {where or 'Config'}"
-        f" has unknown fields {sorted(unknown)} and misses {sorted(missing)}; check out"
-        " the commit named in run.json."
-      )
-    kwargs = {
-      name: build(fields[name].type, value, f"{where}{name}.")
-      if dataclasses.is_dataclass(fields[name].type)
-      else tuple(value)
-      if isinstance(value, list)
-      else value
-      for name, value in values.items()
-    }
-    try:
-      return cls(**kwargs)
-    except TypeError as error:  # A check compared a value of the wrong type.
-      raise ValueError(
-        f"config.json: a value of {where.rstrip('.') or 'Config'} is of another type"
-        f" ({error}); restore the file of the run."
-      ) from error
-
-  own = {"distributed": dataclasses.asdict(Distributed())}
-  return build(Config, values | own if isinstance(values, dict) else values, "")
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The JSON object in a file of a run, such as config.json.
-
-  Raises:
-    ValueError: the file holds something else.
-  """
-  try:
-    values = json.loads(path.read_bytes())
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path} is not JSON ({error}); restore the file.") from error
-  if not isinstance(values, dict):
-    raise ValueError(f"{path} holds no JSON object; restore the file.")
-  return values
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix="") -> list[str]:
-  """One line `--flag: old -> new` for every value that differs."""
-  lines = []
-  for key in sorted(old.keys() | new.keys()):
-    before, after = old.get(key), new.get(key)
-    if isinstance(before, dict) and isinstance(after, dict):
-      lines += differences(before, after, f"{prefix}{key}.")
-    elif before != after:
-      flag = f"{prefix}{key}".replace("_", "-")
-      lines.append(f"--{flag}: {before!r} -> {after!r}")
-  return lines
-
-
-def conflicts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """The `differences` that a resumed run must not have."""
-  return [
-    line
-    for line in differences(old, new)
-    if line.partition(": ")[0] not in FREE_TO_CHANGE
-  ]
 
 
 def near_names(name: str, names) -> str:

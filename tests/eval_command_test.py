@@ -12,14 +12,13 @@ from experiments import gsm8k_smoke
 from experiments.quickstart import get_config
 from opo_jax import __main__ as command_line
 from opo_jax import build, sft
-from opo_jax.config import Eval, from_dict, to_dict
+from opo_jax.config import Eval
 from opo_jax.data import arithmetic, sources
 from opo_jax.evaluation import pass_rates, read_responses, summarise
 from opo_jax.evaluation.evaluator import Evaluator
 from opo_jax.run import Run
 from opo_jax.storage.checkpoint import fingerprint
-
-pytestmark = pytest.mark.usefixtures("kept_programs")
+from opo_jax.storage.config_file import from_dict, to_dict
 
 FLAGS = ["--eval.problems=6", "--eval.samples=2", "--eval.chunk=2"]
 
@@ -45,6 +44,11 @@ def run(tmp_path_factory):
   return untrained(config, directory)
 
 
+@jax.jit
+def scaled(policy):
+  return jax.tree.map(lambda leaf: 1.5 * leaf, policy)
+
+
 def untrained(config, directory):
   problems = arithmetic.load("train")
   made = Run(config, directory)
@@ -53,7 +57,7 @@ def untrained(config, directory):
   stream = sources.ProblemStream(problems, seed=0)
   with made.directory.checkpoints() as checkpoints:
     for step in (1, 2):
-      policy = jax.tree.map(lambda leaf: 1.5 * leaf, state.policy)
+      policy = scaled(state.policy)
       state = dataclasses.replace(state, policy=policy, step=jnp.int32(step))
       checkpoints.save_state(step, state, stream.state())
   return directory

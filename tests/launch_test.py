@@ -1,4 +1,4 @@
-"""The launch scripts, as far as they go without a cloud: syntax, what they print."""
+"""The launch scripts without a cloud: syntax, dry runs, a fake gcloud."""
 
 import os
 import pathlib
@@ -32,16 +32,17 @@ def run(script, *arguments, **variables):
 
 
 def commands(output):
-  """The commands a dry run printed, as lists of words: those that bash reads."""
+  """The commands that a dry run printed, split into words by bash."""
   lines = [line[2:] for line in output.splitlines() if line.startswith("+ ")]
   words = [f"printf '%s\\0' {line}" for line in lines]
   read = [subprocess.check_output(["bash", "-c", word], text=True) for word in words]
   return [text.split("\0")[:-1] for text in read]
 
 
-@pytest.mark.parametrize("script", ["tpu_vm.sh", "slurm.sbatch", "gke.sh"])
-def test_scripts_are_bash(script):
-  subprocess.run(["bash", "-n", str(LAUNCH / script)], check=True)
+def test_scripts_are_bash(subtests):
+  for script in ("tpu_vm.sh", "slurm.sbatch", "gke.sh"):
+    with subtests.test(script):
+      subprocess.run(["bash", "-n", str(LAUNCH / script)], check=True)
 
 
 def test_a_dry_run_on_a_tpu_vm_prints_every_command_in_order():
@@ -57,14 +58,14 @@ def test_a_dry_run_on_a_tpu_vm_prints_every_command_in_order():
   assert "make -C opo_jax install" in setup[-1]
   assert "gcsfuse --implicit-dirs --rename-dir-limit 200000 " in setup[-1]
   assert "EXP=quickstart" in train[-1] and "--steps 3" in train[-1]
-  # Where one process reads a program that another compiles, both may wait for ever.
+  # If one process reads a cached program that another compiles, both may wait forever.
   assert "CACHE_DIR" not in done.stdout
-  # A space in a value arrives as one word at the experiment.
+  # A value with a space reaches the experiment as one word.
   assert r"a\ b" in train[-1]
 
 
 def program(folder, name, body):
-  """Puts a program of this name into a folder."""
+  """Writes an executable shell script."""
   path = folder / name
   path.write_text(f"#!/usr/bin/env bash\n{body}\n")
   path.chmod(0o755)
@@ -87,7 +88,7 @@ exit "$status" """
 
 
 def launch(sandbox, *outcomes):
-  """Runs tpu_vm.sh on a gcloud that does as told: (verb, status, state after it)."""
+  """Runs tpu_vm.sh with a fake gcloud. Outcome: verb, exit status, VM state after."""
   (sandbox / "outcomes").write_text("".join(f"{line}\n" for line in outcomes))
   program(sandbox, "gcloud", GCLOUD)
   program(sandbox, "sleep", "")
@@ -102,7 +103,7 @@ READY = ("scp 0 -", "setup 0 -")
 NEW = ("create 0 READY", *READY)
 
 
-def test_a_tpu_vm_that_is_not_to_be_had_or_taken_away_is_asked_for_again(tmp_path):
+def test_a_tpu_vm_that_is_unavailable_or_preempted_is_requested_again(tmp_path):
   done = launch(
     tmp_path,
     *("create 1 MISSING", "create 1 MISSING", "create 1 MISSING"),  # no capacity
@@ -114,7 +115,7 @@ def test_a_tpu_vm_that_is_not_to_be_had_or_taken_away_is_asked_for_again(tmp_pat
   assert done.returncode == 0, done.stderr
 
 
-def test_only_failures_on_a_tpu_vm_that_stays_are_counted(tmp_path):
+def test_only_consecutive_failures_on_one_tpu_vm_are_counted(tmp_path):
   twice = ("train 1 -", *READY, "train 1 -", *READY)
   taken = ("train 1 PREEMPTED", "delete 0 MISSING")
   done = launch(tmp_path, *NEW, *twice, *taken, *NEW, *twice, "train 0 -")
@@ -126,7 +127,7 @@ def test_a_run_that_fails_three_times_on_one_tpu_vm_ends_the_script(tmp_path):
     tmp_path, *NEW, "train 1 -", "scp 0 -", "setup 1 -", *READY, "train 1 -"
   )
   assert done.returncode == 1
-  assert done.stderr.splitlines()[-1].startswith("error: failed 3 times on a machine")
+  assert done.stderr.splitlines()[-1].startswith("error: failed 3 times on a healthy")
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.12"])
@@ -138,7 +139,7 @@ def test_a_host_gets_the_python_and_the_gcsfuse_that_it_lacks(
   (tmp_path / "calls").unlink()
   for name in ("sudo", "tar", "make"):
     program(tmp_path, name, f'echo "{name} $*" >>"$SANDBOX/calls"')
-  # Its own run is ended with TERM; the next look finds none.
+  # TERM ends the run that was left behind; KILL then finds none.
   program(
     tmp_path,
     "pkill",
@@ -174,7 +175,7 @@ def test_a_host_gets_the_python_and_the_gcsfuse_that_it_lacks(
   assert calls[-1] == "make -C opo_jax install JAX_EXTRA=tpu"
 
 
-def test_a_dry_run_on_slurm_installs_once_and_starts_everywhere():
+def test_a_dry_run_on_slurm_installs_once_and_starts_on_all_nodes():
   done = run("slurm.sbatch", "quickstart", "--steps", "3", DRY_RUN="1")
   assert done.returncode == 0, done.stderr
   install, train = commands(done.stdout)
@@ -183,7 +184,7 @@ def test_a_dry_run_on_slurm_installs_once_and_starts_everywhere():
   assert train[-2:] == ["--steps", "3"]
 
 
-def test_a_dry_run_on_gke_prints_a_whole_jobset():
+def test_a_dry_run_on_gke_prints_a_complete_jobset():
   done = run("gke.sh", *GKE, "--dry-run")
   assert done.returncode == 0, done.stderr
   assert "{" not in done.stdout.split("spec:", 1)[1]
@@ -201,19 +202,19 @@ def test_a_dry_run_on_gke_prints_a_whole_jobset():
   assert container["resources"]["limits"] == {"google.com/tpu": 4}
 
 
-def test_flags_reach_the_experiment_on_gke_as_they_were_given():
+def test_flags_reach_the_experiment_on_gke_unchanged():
   flags = ["--data.system", 'it\'s {name} & a: "b" # \\', "--steps", "3"]
   done = run("gke.sh", *GKE, "--dry-run", "--", *flags)
   assert done.returncode == 0, done.stderr
   (job,) = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"]
   (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
   (given,) = [word for word in container["command"] if word.startswith("ARGS=")]
-  # As make's shell reads them.
+  # Split as make's shell does.
   words = f"+ {given.removeprefix('ARGS=')}"
   assert commands(words) == [flags]
 
 
-def test_the_commands_of_the_readme_are_ones_that_the_scripts_take():
+def test_the_scripts_accept_the_commands_of_the_readme():
   text = (LAUNCH.parent / "README.md").read_text().replace("\\\n", " ")
   lines = [line.split() for line in text.splitlines() if "launch/" in line]
   (tpu,) = [line for line in lines if line[0] == "launch/tpu_vm.sh"]
@@ -225,20 +226,18 @@ def test_the_commands_of_the_readme_are_ones_that_the_scripts_take():
   assert done.returncode == 0 and len(commands(done.stdout)) == 2, done.stderr
 
 
-@pytest.mark.parametrize(
-  ("script", "arguments", "message"),
-  [
+def test_mistakes_end_with_one_line_and_run_nothing(subtests):
+  for script, arguments, message in (
     ("tpu_vm.sh", TPU_VM[:-2], "--exp is missing"),
     ("tpu_vm.sh", (*TPU_VM[:-1], "nothing"), "there is no experiment nothing"),
-    ("tpu_vm.sh", (*TPU_VM, "--zome", "x"), "--zome is no option"),
+    ("tpu_vm.sh", (*TPU_VM, "--zome", "x"), "--zome is not an option"),
     ("tpu_vm.sh", ("--name",), "--name needs a value"),
     ("slurm.sbatch", (), "which experiment?"),
     ("slurm.sbatch", ("nothing",), "there is no experiment nothing"),
     ("gke.sh", GKE[2:], "--name is missing"),
-  ],
-)
-def test_mistakes_end_with_one_line_and_run_nothing(script, arguments, message):
-  done = run(script, *arguments, DRY_RUN="1")
-  assert done.returncode == 2
-  assert message in done.stderr and len(done.stderr.splitlines()) == 1
-  assert not commands(done.stdout)
+  ):
+    with subtests.test(f"{script}: {message}"):
+      done = run(script, *arguments, DRY_RUN="1")
+      assert done.returncode == 2
+      assert message in done.stderr and len(done.stderr.splitlines()) == 1
+      assert not commands(done.stdout)

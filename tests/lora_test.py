@@ -23,8 +23,6 @@ from opo_jax.models import ModelConfig, Policy, lora
 from opo_jax.run import Run, load_policy
 from opo_jax.scorer import VERIFIERS, Verifier
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 # No two sizes of a kernel are equal, and layers have biases.
 CONFIG = ModelConfig(
   vocab_size=32,
@@ -66,9 +64,8 @@ def kernels(policy):
   return {name: linear.kernel[...] for name, linear in lora._linears(policy)}
 
 
-@functools.cache
 def tokens():
-  return jax.random.randint(jax.random.key(5), (2, 9), 0, CONFIG.vocab_size)
+  return np.random.default_rng(5).integers(0, CONFIG.vocab_size, (2, 9))
 
 
 logits = jax.jit(Policy.logits)
@@ -179,8 +176,8 @@ def batch():
     seed=7,
     version=0,
   )
-  rewards = jax.random.bernoulli(jax.random.key(0), 0.4, (32,))
-  return rollouts, rewards.astype(jnp.float32)
+  rewards = np.random.default_rng(0).random(32) < 0.4
+  return rollouts, jnp.asarray(rewards, jnp.float32)
 
 
 def make_state(policy, optimizer=SGD):
@@ -208,11 +205,6 @@ def one_update():
   return learner.PolicyGradientLearner(ALGORITHM, SGD)
 
 
-@functools.cache
-def full_update():
-  return learner.PolicyGradientLearner(ALGORITHM, SGD)
-
-
 @pytest.mark.parametrize("seed", [2, 6])
 def test_gradient_of_the_adapters_is_that_of_the_merged_weights_by_the_chain_rule(seed):
   """dB = s A^T dW, dA = s dW B^T, with dW of full training at W + s A B. The second
@@ -221,7 +213,7 @@ def test_gradient_of_the_adapters_is_that_of_the_merged_weights_by_the_chain_rul
   scale, adapters = ALPHA / RANK, dict(lora.adapters(policy))
   matrices = {n: (np.array(x.a[...]), np.array(x.b[...])) for n, x in adapters.items()}
   copy = jax.tree.map(jnp.copy, lora.merge(policy))  # an update takes all of it
-  full = kernels(gradient(full_update(), copy)[0])
+  full = kernels(gradient(one_update(), copy)[0])
   expected = {
     name: (scale * full[name] @ b.swapaxes(1, 2), scale * a.swapaxes(1, 2) @ full[name])
     for name, (a, b) in matrices.items()
@@ -246,9 +238,7 @@ def test_an_update_shares_the_base_and_takes_the_memory_of_the_adapters():
 def test_gradient_does_not_depend_on_the_mesh_and_adapters_lie_as_their_kernels_do():
   mesh = sharding.make_mesh(2, 2, 2)
   policy = make_adapted(make_base(mesh))
-  on_mesh, state, metrics = gradient(
-    learner.PolicyGradientLearner(ALGORITHM, SGD), policy
-  )
+  on_mesh, state, metrics = gradient(one_update(), policy)
   alone, _, _ = gradient(one_update(), make_adapted(make_base()))
   assert_same(on_mesh, alone)
   assert metrics["onpolicy/logprob_diff_max"] < 1e-5

@@ -204,51 +204,57 @@ def run_processes(code, num_processes, devices_each, timeout_s=120):
 
 
 EXCHANGE = """
-  import sys
+  import json, sys
   import jax, numpy as np
   from opo_jax.devices import distributed, sharding
-  distributed.start_processes(sys.argv[1], {processes}, int(sys.argv[2]))
-  mesh = sharding.make_mesh(*{mesh})
-  for count in (16, 5):
-    own = distributed.local_indices(mesh, count)
-    print("own", own.tolist())
-    values = np.stack([own * 10 + 2**40, own], axis=1)  # 64 bits must survive
-    print("all", (distributed.all_gather(values, mesh, count)[:, 0] - 2**40).tolist())
+  distributed.start_processes(sys.argv[1], 2, int(sys.argv[2]))
   lists = [list(range(i)) for i in range(5)]
-  share = distributed.local_indices(mesh, 5)
-  assert distributed.all_gather_lists([lists[i] for i in share], mesh, 5) == lists
+
+  def exchanged(mesh):
+    own, everybodys = {}, {}
+    for count in (16, 5):
+      share = distributed.local_indices(mesh, count)
+      own[count] = share.tolist()
+      values = np.stack([share * 10 + 2**40, share], axis=1)  # 64 bits must survive
+      gathered = distributed.all_gather(values, mesh, count)
+      everybodys[count] = (gathered[:, 0] - 2**40).tolist()
+    share = distributed.local_indices(mesh, 5)
+    assert distributed.all_gather_lists([lists[i] for i in share], mesh, 5) == lists
+    array = sharding.put(np.arange(32).reshape(16, 2), mesh, "batch", None)
+    total = jax.jit(lambda x: x.sum(0))(array)
+    whole = distributed.to_host_replicated(array, mesh)
+    assert whole.shape == (16, 2) and (whole == np.arange(32).reshape(16, 2)).all()
+    return own, everybodys, distributed.to_host_replicated(total, mesh).tolist()
+
+  for sizes in (1, -1, 1), (1, 1, -1):
+    print(json.dumps(exchanged(sharding.make_mesh(*sizes))))
   share = distributed.local_indices(None, 5)
   assert share.tolist() == ([0, 1, 2], [3, 4])[jax.process_index()]
   assert (distributed.all_gather(share, None, 5) == range(5)).all()
-  array = sharding.put(np.arange(32).reshape(16, 2), mesh, "batch", None)
-  total = jax.jit(lambda x: x.sum(0))(array)
-  print("sum", distributed.to_host_replicated(total, mesh).tolist())
-  whole = distributed.to_host_replicated(array, mesh)
-  assert whole.shape == (16, 2) and (whole == np.arange(32).reshape(16, 2)).all()
-  print("first", distributed.is_first_process())
+  print(json.dumps(distributed.is_first_process()))
 """
 
 
-@pytest.mark.parametrize(
-  ("processes", "mesh", "shares"),
-  [
-    # Shards of the batch 0..3: two to a process.
-    (2, (1, -1, 1), ([*range(8)], [*range(8, 16)])),
-    # `tensor` crosses the processes: the shards of both belong to the first.
-    (2, (1, 1, -1), ([*range(16)], [])),
-  ],
-)
-def test_each_process_takes_its_share_and_all_see_everything(processes, mesh, shares):
-  code = EXCHANGE.format(processes=processes, mesh=mesh)
-  outputs = run_processes(code, processes, 2)
-  for output, share in zip(outputs, shares, strict=True):
-    assert output[0] == f"own {share}"
-    assert output[1] == f"all {[10 * i for i in range(16)]}"
-    assert output[3] == f"all {[10 * i for i in range(5)]}"
-    assert output[4] == f"sum {np.arange(32).reshape(16, 2).sum(0).tolist()}"
-  uneven = [json.loads(output[2].removeprefix("own ")) for output in outputs]
-  assert sorted(i for share in uneven for i in share) == [0, 1, 2, 3, 4]
-  assert [output[5] for output in outputs] == ["first True", "first False"]
+def test_each_process_takes_its_share_and_all_see_everything():
+  outputs = run_processes(EXCHANGE, 2, 2)
+  outputs = [[json.loads(line) for line in output] for output in outputs]
+  for i, shares in enumerate(
+    (
+      # Shards of the batch 0..3: two to a process.
+      ([*range(8)], [*range(8, 16)]),
+      # `tensor` crosses the processes: the shards of both belong to the first.
+      ([*range(16)], []),
+    )
+  ):
+    for output, share in zip(outputs, shares, strict=True):
+      own, everybodys, total = output[i]
+      assert own["16"] == share
+      for count in (16, 5):
+        assert everybodys[str(count)] == [10 * i for i in range(count)]
+      assert total == np.arange(32).reshape(16, 2).sum(0).tolist()
+    uneven = [index for output in outputs for index in output[i][0]["5"]]
+    assert sorted(uneven) == [0, 1, 2, 3, 4]
+  assert [output[2] for output in outputs] == [True, False]
 
 
 FAILURE = """

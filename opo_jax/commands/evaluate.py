@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from opo_jax import build, evaluation
-from opo_jax import config as config_lib
 from opo_jax.config import Config
 from opo_jax.evaluation.evaluator import Evaluator
 from opo_jax.run import Run, load_policy
 from opo_jax.scorer import RewardModelScorer
 from opo_jax.storage.checkpoint import fingerprint
-from opo_jax.storage.json_files import write_json
+from opo_jax.storage.config_file import differences, to_dict
+from opo_jax.storage.json_files import read_json, write_json
 
 # What changes no response, and may differ when an evaluation resumes.
 _NO_SETTINGS = {
@@ -142,7 +142,7 @@ def _claim(directory: pathlib.Path, settings: dict[str, Any]) -> None:
   path = directory / "settings.json"
   written = [file.stat().st_size for file in directory.glob("*.responses.jsonl")]
   if any(written):
-    changed = config_lib.differences(config_lib.read_json(path), settings)
+    changed = differences(read_json(path), settings)
     if changed:
       raise ValueError(
         f"{directory} holds responses to other settings ({'; '.join(changed)})."
@@ -155,7 +155,7 @@ def _claim(directory: pathlib.Path, settings: dict[str, Any]) -> None:
 def _settings(run: Run, scorer: Any) -> dict[str, Any]:
   """What, besides the policy, a response and its reward depend on."""
   config = run.config
-  values = config_lib.to_dict(config)
+  values = to_dict(config)
   settings = {"seed": values["seed"], "model": {"dtype": values["model"]["dtype"]}}
   for section in ("data", "reward", "rollout", "eval"):
     left_out = _NO_SETTINGS.get(section, ())

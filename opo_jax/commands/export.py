@@ -4,12 +4,12 @@ import json
 import pathlib
 from typing import Any
 
-from opo_jax import config as config_lib
 from opo_jax.config import Config
 from opo_jax.models import lora, save, save_adapter
 from opo_jax.models.card import model_card
 from opo_jax.models.config_json import generation_config
 from opo_jax.run import Run, load_policy
+from opo_jax.storage.json_files import read_json
 
 
 def export(
@@ -53,7 +53,7 @@ def export(
     base=("" if pathlib.Path(path).is_dir() else path) if has_start_model else None,
     settings=_card_settings(config, policy),
     rows=rows,
-    run=config_lib.read_json(directory / "run.json"),
+    run=read_json(directory / "run.json"),
     library="peft" if adapter_alone else "transformers",
   )
   generation = generation_config(path) if path else None

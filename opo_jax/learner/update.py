@@ -128,10 +128,11 @@ class PolicyGradientLearner:
     if self.is_on_policy:
       check_on_policy(state, rollouts)
     trained, frozen = state.split()
-    programs = self._compiled(trained)
+    programs = self._jitted(trained)
     scored, group_metrics = programs.compute_advantages(
       rollouts, *_zero_for_nan(rewards)
     )
+    # The only wait for the devices: the host plans by a few numbers of each rollout.
     plan = self._plan(rollouts, jax.device_get(scored), state.policy.mesh)
     trained, measured = programs.optimizer_steps(
       trained, frozen, rollouts, scored, plan
@@ -149,7 +150,7 @@ class PolicyGradientLearner:
     It compiles the program; an update with the same arguments then compiles nothing.
     """
     trained, frozen = state.split()
-    programs = self._compiled(trained)
+    programs = self._jitted(trained)
     scored, _ = programs.compute_advantages(rollouts, *_zero_for_nan(rewards))
     plan = self._plan(rollouts, jax.device_get(scored), state.policy.mesh)
     lowered = programs.optimizer_steps.lower(trained, frozen, rollouts, scored, plan)
@@ -169,7 +170,7 @@ class PolicyGradientLearner:
     """
     rollouts, mesh = abstract_rollouts, abstract_state.policy.mesh
     trained, frozen = abstract_state.split()
-    programs = self._compiled(trained)
+    programs = self._jitted(trained)
     (num_rows, width), (num_groups, prompt_width) = (
       rollouts.tokens.shape,
       rollouts.prompts.shape,
@@ -188,7 +189,7 @@ class PolicyGradientLearner:
     rounds = int(plan.micro_batches.max())
     return AotProgram("update", traced, {"rollouts": rollouts}, rounds=rounds)
 
-  def _compiled(self, trained: TrainState) -> _Programs:
+  def _jitted(self, trained: TrainState) -> _Programs:
     """The jitted programs; the layout of the first state is that of every later one."""
     if self._programs is not None:
       return self._programs

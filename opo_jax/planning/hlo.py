@@ -392,12 +392,12 @@ def _replica_group(text: str, num_devices: int) -> list[int]:
       fsdp 0        0          1
       fsdp 1        2          3
 
-      replica_groups={{0,1},{2,3}}           0 1 | 2 3    differ in tensor
-      replica_groups=[2,2]<=[4]              0 1 | 2 3    arange(4) as 2 groups of 2
-      replica_groups=[2,2]<=[2,2]T(1,0)      0 2 | 1 3    the same, transposed: fsdp
-      replica_groups=mesh['a'=2,'b'=2] {'b'}   0 1 | 2 3  along `b`: tensor
-      source_target_pairs={{0,2},{2,0}}      0 -> 2       fsdp
-      replica_groups={}                      0 1 2 3      fsdp+tensor
+      replica_groups={{0,1},{2,3}}             0 1 | 2 3   differ in tensor
+      replica_groups=[2,2]<=[4]                0 1 | 2 3   arange(4), 2 groups of 2
+      replica_groups=[2,2]<=[2,2]T(1,0)        0 2 | 1 3   transposed first: fsdp
+      replica_groups=mesh['a'=2,'b'=2] {'b'}   0 1 | 2 3   along `b`: tensor
+      source_target_pairs={{0,2},{2,0}}        0 -> 2      fsdp
+      replica_groups={}                        0 1 2 3     fsdp+tensor
   """
   if pair := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
     return [int(pair[1]), int(pair[2])]

@@ -19,7 +19,7 @@ from opo_jax.sampler.params import SamplingParams
 from opo_jax.sampler.state import Ended, Queue, slot_bytes
 
 # Responses reported at a time, at most.
-MOST_ENDED = 256
+MAX_ENDED = 256
 
 
 class Batch:
@@ -31,9 +31,9 @@ class Batch:
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     *,
-    keys_by: int | None,
     limits: np.ndarray,
     seeds: np.ndarray,
+    own_seeds: bool,
     first_prompt: int,
     num_slots: int,
     cache_dtype: str,
@@ -44,8 +44,9 @@ class Batch:
       policy: the sampler's own weights.
       prompts: token ids.
       params: `eos_ids` resolved.
-      keys_by: `samples_per_prompt` of `prefill.row_keys`.
-      limits, seeds: [rows].
+      limits: [rows] longest response.
+      seeds: [rows].
+      own_seeds: the keys of a row depend on its seed only.
       first_prompt: the index of the first prompt in the random keys.
       num_slots: of a shard, at most.
       cache_dtype: of keys and values.
@@ -54,20 +55,20 @@ class Batch:
     self.tokens_GP, self.lengths_G = _right_aligned(prompts)
     self.order = order = _deal(len(prompts), params.samples_per_prompt, policy.mesh)
     self.reported = None
-    first_row = first_prompt * params.samples_per_prompt
-    self.queue = _queue(order, limits, seeds, first_row, keys_by, policy.mesh)
+    keys_N = _row_keys(order, seeds, own_seeds, first_prompt, params, policy.mesh)
+    self.queue = _queue(order, keys_N, limits, policy.mesh)
     self.num_slots = min(order.rows_of_shard, num_slots)
     self.width = schedule.ring(0, params.max_new_tokens)
     # While every row has its own slot, the rows of a group are contiguous, and the keys
     # of their prompt are read once for all of them.
     self.in_groups = self.num_slots == order.rows_of_shard
     chosen = np.maximum(order.prompts, 0)
-    tokens, lengths = (
+    tokens_GP, lengths_G = (
       sharding.put(array[chosen], policy.mesh, "batch")
       for array in (self.tokens_GP, self.lengths_G)
     )
     with memory.explained(self._advice):
-      self.prompts = prefill.prefill(policy, tokens, lengths, cache_dtype)
+      self.prompts = prefill.prefill(policy, tokens_GP, lengths_G, cache_dtype)
       self.slots, self.responses = prefill.start(
         policy, self.prompts, self.queue, params, self.num_slots, self.width
       )
@@ -106,7 +107,7 @@ class Batch:
     self.num_slots, self.width = num_slots, width
 
   def ended(self) -> Ended:
-    """Responses that have ended since the last call, `MOST_ENDED` at most."""
+    """Responses that have ended since the last call, `MAX_ENDED` at most."""
     rows = self.order.rows
     if self.reported is None:
       self.reported = jnp.zeros(len(rows), bool)
@@ -117,7 +118,7 @@ class Batch:
       rows,
       self.params.samples_per_prompt,
       self.policy.mesh,
-      min(MOST_ENDED, len(rows)),
+      min(MAX_ENDED, len(rows)),
     )
     return ended
 
@@ -204,21 +205,23 @@ def _deal(num_prompts, samples_per_prompt, mesh) -> _Order:
   return _Order(prompts, rows.astype(np.int32), np.array(counts, np.int32))
 
 
-def _queue(order, limits, seeds, first_row, keys_by, mesh) -> Queue:
-  """The queue of every shard; the rows' keys count from `first_row`."""
-
-  def put(array):
-    return sharding.put(array, mesh, "batch")
-
+def _row_keys(order, seeds, own_seeds, first_prompt, params, mesh) -> jax.Array:
+  """A random key for each row of the queues, of its place in the whole list."""
   rows = np.maximum(order.rows, 0)
+  places = rows + first_prompt * params.samples_per_prompt
+  return prefill.row_keys(
+    sharding.put(seeds[rows].astype(np.uint32), mesh, "batch"),
+    sharding.put(places.astype(np.int32), mesh, "batch"),
+    None if own_seeds else params.samples_per_prompt,
+  )
+
+
+def _queue(order, keys_N, limits, mesh) -> Queue:
+  limits_N = limits[np.maximum(order.rows, 0)].astype(np.int32)
   return Queue(
-    keys=prefill.row_keys(
-      put(seeds[rows].astype(np.uint32)),
-      put((rows + first_row).astype(np.int32)),
-      keys_by,
-    ),
-    limits=put(limits[rows].astype(np.int32)),
-    counts=put(order.counts),
+    keys=keys_N,
+    limits=sharding.put(limits_N, mesh, "batch"),
+    counts=sharding.put(order.counts, mesh, "batch"),
   )
 
 

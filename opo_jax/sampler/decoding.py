@@ -37,6 +37,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from opo_jax.devices import sharding
 from opo_jax.models.attention import Keys
@@ -265,7 +266,15 @@ def _refill(slots, queue, free_B):
 @functools.partial(
   jax.jit, static_argnames=("samples_per_prompt", "mesh", "most"), donate_argnums=2
 )
-def ended(slots, responses, reported_N, row_N, samples_per_prompt, mesh, most):
+def ended(
+  slots: Slots,
+  responses: Responses,
+  reported_N: jax.Array,
+  row_N: jax.Array,
+  samples_per_prompt: int,
+  mesh: Mesh | None,
+  most: int,
+) -> tuple[jax.Array, Ended]:
   """At most `most` responses that have ended and were not reported before.
 
   Args:
@@ -279,6 +288,7 @@ def ended(slots, responses, reported_N, row_N, samples_per_prompt, mesh, most):
   (shards,), N = slots.next_row.shape, reported_N.shape[0]
 
   def taken_and_left(row, next_row):
+    """Of a shard's rows: taken from the queue, and in no slot any more."""
     index = jnp.arange(N // shards)
     return (index < next_row) & (index[:, None] != row).all(1)
 
@@ -302,7 +312,15 @@ def ended(slots, responses, reported_N, row_N, samples_per_prompt, mesh, most):
 
 @functools.partial(jax.jit, static_argnames=("num_slots", "width"))
 def resize(slots: Slots, num_slots: int, width: int) -> Slots:
-  """The same responses in `num_slots` slots of a shard, with `width` columns."""
+  """The same responses in another number of slots, or of columns of the ring.
+
+  Args:
+    num_slots: of a shard; its busy slots fit. They move to the front, in their order:
+
+        row before    -1   7  -1  -1   4  -1      6 slots
+        row after      7   4                      2 slots
+    width: columns.
+  """
   shards = slots.next_row.shape[0]
   slots = _resize_ring(slots, width)
   if num_slots * shards == slots.row.shape[0]:

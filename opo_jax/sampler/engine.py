@@ -25,9 +25,9 @@ from opo_jax.sampler.params import SamplingParams
 from opo_jax.sampler.schedule import bucket, count_bucket
 from opo_jax.sampler.state import Ended, slot_bytes
 
-# `on_ended` is called after at least this many tokens, and about this many times while
-# the longest response is sampled. A call costs a fraction of a token's time.
-MIN_TOKENS_A_LOOK, LOOKS = 32, 16
+# `on_ended` is called every 32 tokens, or 16 times while the longest response is
+# sampled, whichever is rarer. A call costs a fraction of a token's time.
+MIN_REPORT_TOKENS, MAX_REPORTS = 32, 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,10 @@ class JaxSampler:
   slots: int | None = None
   cache_dtype: str | None = None
   gather_weights: bool = True
+
+  def __post_init__(self):
+    if self.slots is not None and self.slots < 1:
+      raise ValueError(f"slots={self.slots}; use 1 or more, or None (what fits).")
 
   def sample(
     self,
@@ -88,7 +92,7 @@ class JaxSampler:
       while rows.decode():
         pass
     else:
-      tokens = max(MIN_TOKENS_A_LOOK, params.max_new_tokens // LOOKS)
+      tokens = max(MIN_REPORT_TOKENS, params.max_new_tokens // MAX_REPORTS)
       while rows.decode(tokens):
         on_ended(rows.ended())
     return rows.rollouts(version)
@@ -195,7 +199,7 @@ class JaxSampler:
     ]
 
   def _start(self, policy, prompts, params, seed, first_prompt=0, limits=None):
-    """Prefills the prompts, and puts the first rows into slots."""
+    """Checks the input, prefills the prompts and puts the first rows into slots."""
     _check_prompts(prompts, policy.config.vocab_size)
     params = params.for_policy(policy)
     num_rows = len(prompts) * params.samples_per_prompt
@@ -210,10 +214,9 @@ class JaxSampler:
       policy,
       prompts,
       params,
-      # Rows that have seeds of their own share no key.
-      keys_by=params.samples_per_prompt if np.ndim(seed) == 0 else None,
       limits=limits,
       seeds=seeds,
+      own_seeds=np.ndim(seed) == 1,
       first_prompt=first_prompt,
       num_slots=self._slots_of_shard(policy, params),
       cache_dtype=self._cache_dtype(policy),

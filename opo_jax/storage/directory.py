@@ -9,12 +9,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from opo_jax import config as config_lib
 from opo_jax.config import Config
 from opo_jax.devices import distributed
 from opo_jax.models import lora
 from opo_jax.storage.checkpoint import Checkpoints
-from opo_jax.storage.json_files import write_json
+from opo_jax.storage.config_file import conflicts, to_dict
+from opo_jax.storage.json_files import read_json, write_json
 from opo_jax.storage.run_json import write_run_json
 
 
@@ -42,8 +42,8 @@ class RunDirectory:
           f"{self.path} is not empty and holds no run; give another RUN= directory."
         )
       return
-    kept = config_lib.read_json(path)
-    changed = config_lib.conflicts(kept, config_lib.to_dict(self.config))
+    kept = read_json(path)
+    changed = conflicts(kept, to_dict(self.config))
     if changed:
       raise ValueError(
         f"{self.path} holds a run of another config ({'; '.join(changed)}). Give"
@@ -65,7 +65,7 @@ class RunDirectory:
     if distributed.is_first_process():
       self.path.mkdir(parents=True, exist_ok=True)
       write_run_json(self.path, seed=self.config.seed, facts=facts)
-      write_json(config, config_lib.to_dict(self.config))
+      write_json(config, to_dict(self.config))
     distributed.barrier("written")
     distributed.assert_same_on_all_hosts(config.is_file(), f"whether {config} is there")
 
@@ -83,7 +83,7 @@ class RunDirectory:
   def save_start(self, policy: Any) -> None:
     """Saves the policy that RL starts from."""
     with Checkpoints(self.path / "start") as kept:
-      kept.save(0, policy, {"config": config_lib.to_dict(self.config)})
+      kept.save(0, policy, {"config": to_dict(self.config)})
 
   def load_start(self, abstract_policy: Any) -> Any:
     """The policy RL started from.
@@ -152,7 +152,7 @@ class RunCheckpoints(Checkpoints):
     host = {
       "data": data_position,
       "rng": {"seed": self.config.seed, "step": step},
-      "config": config_lib.to_dict(self.config),
+      "config": to_dict(self.config),
     }
     self.save(step, trained, host)
 
@@ -182,7 +182,7 @@ class RunCheckpoints(Checkpoints):
     if not done:
       return 0, state
     state, host = self.restore_state(done, state)
-    changed = config_lib.conflicts(host["config"], config_lib.to_dict(self.config))
+    changed = conflicts(host["config"], to_dict(self.config))
     rng = {"seed": self.config.seed, "step": done}
     if int(state.step) != done or host["rng"] != rng or changed:
       raise ValueError(

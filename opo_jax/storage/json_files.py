@@ -19,6 +19,21 @@ def replace_file(path: pathlib.Path, content: bytes) -> None:
   new.replace(path)
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The JSON object in a file of a run, such as config.json.
+
+  Raises:
+    ValueError: the file holds something else.
+  """
+  try:
+    values = json.loads(path.read_bytes())
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} is not JSON ({error}); restore the file.") from error
+  if not isinstance(values, dict):
+    raise ValueError(f"{path} holds no JSON object; restore the file.")
+  return values
+
+
 class JsonLines:
   """A file of one JSON object a line, keyed by `step`, that survives kills.
 
