@@ -18,6 +18,7 @@ defines every name. Below a package, the map lists its modules.
                      data evaluate export sample variance
     advantages       rewards, lengths, groups -> advantages         (the paper)
     losses           log-probs, advantages, mask -> loss
+                     aggregation checks objectives ratios
     logprobs         hidden states, unembedding -> log-prob, entropy, energy
     rollouts         the batch that sampler, scorer and learner share
     metrics          times, rewards and lengths of a step

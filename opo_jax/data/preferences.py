@@ -109,9 +109,7 @@ def true_score(response: str, reference: str) -> float:
 
 
 def true_margin(pair: "Pair") -> float:
-  """The true score of the preferred response minus the other's; negative in a wrong
-  label.
-  """
+  """The lead of the preferred response in true score; negative for a wrong label."""
   chosen, rejected = (true_score(each.response, each.problem.answer) for each in pair)
   return chosen - rejected
 

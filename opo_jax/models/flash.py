@@ -217,8 +217,8 @@ def splash(
   mask = splash_attention_mask.CausalMask((length, length))
   if window is not None and window < T:
     mask = splash_attention_mask.LocalMask((length, length), (window - 1, 0), 0)
-  # The kernel holds arrays that name the blocks to visit. Under a trace they would be
-  # tracers, which a custom_vjp may not close over; evaluated now, they are constants.
+  # The kernel closes over arrays that name the blocks to visit. Evaluated now, and not
+  # traced, they are constants that its custom derivative may close over.
   with jax.ensure_compile_time_eval():
     kernel = splash_attention_kernel.make_splash_mha(
       splash_attention_mask.MultiHeadMask([mask] * H),

@@ -1,4 +1,4 @@
-"""The terminal of a run: a progress bar, and a line now and then."""
+"""The terminal output of a run: a progress bar, and lines on steps and evaluations."""
 
 import contextlib
 import sys
@@ -16,10 +16,10 @@ from rich.progress import (
 
 
 class Terminal:
-  """One progress bar with the time left, and a line now and then.
+  """Prints lines, and shows a progress bar with the remaining time.
 
   Args:
-    quiet: say nothing.
+    quiet: print nothing.
   """
 
   def __init__(self, *, quiet: bool = False):
@@ -30,7 +30,7 @@ class Terminal:
 
   @contextlib.contextmanager
   def progress(self, title: str, *, done: int, total: int):
-    """Yields a function to call once a step."""
+    """Shows a progress bar; yields a function that advances it by one."""
     columns = (
       TextColumn("{task.description}"),
       BarColumn(),
@@ -39,7 +39,7 @@ class Terminal:
       TextColumn("left"),
       TimeRemainingColumn(),
     )
-    # Without a terminal the bar would only leave its last state in the log.
+    # In a log file the bar would leave only its last state.
     bar = Progress(*columns, console=self.console, disable=not sys.stdout.isatty())
     with bar:
       task = bar.add_task(title, total=total, completed=done)
@@ -47,7 +47,7 @@ class Terminal:
 
 
 def step_line(row: dict[str, Any]) -> str:
-  """The line now and then: what a person watches."""
+  """Formats the metrics of a step that are worth watching as one line."""
   shown = {
     "reward": "reward/mean",
     "length": "response_length/mean",
@@ -69,7 +69,7 @@ def step_line(row: dict[str, Any]) -> str:
 
 
 def evaluation_line(row: dict[str, Any]) -> str:
-  """What was evaluated, with its intervals, in words."""
+  """Formats the held-out scores with their intervals as one line."""
   shown = ("/pass@", "_score", "_win_rate")
   return "  ".join(
     f"{name.split('/', 1)[1]} {value:.3f}"

@@ -38,10 +38,10 @@ class CustomReward:
     name: `package.module:function`; the module is found as by `import`.
 
   Attributes:
-    batched: whether the function takes lists. warm_up: a function to run once in each
-    worker (the attribute of that name), or None. graded: whether its rewards are
-    scores, not verdicts (correct above a half). takes_problems: its references are
-    problems, not their answers.
+    batched: whether the function takes lists.
+    warm_up: a function to run once in each worker (its attribute), or None.
+    graded: whether its rewards are scores, not verdicts (correct above a half).
+    takes_problems: its references are problems, not their answers.
 
   Raises:
     ValueError: no such module or function, or the import fails.

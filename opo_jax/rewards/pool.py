@@ -253,9 +253,7 @@ class RewardPool:
   def _outcomes(
     self, future: concurrent.futures.Future
   ) -> "list[_Outcome] | _Outcome | None":
-    """The outcomes of a task's responses, one failure of the task, or None if another
-    task caused it.
-    """
+    """A task's outcomes, its failure as one outcome, or None if it is not to blame."""
     if not future.done() or future.cancelled():
       return None
     error = future.exception()

@@ -32,10 +32,10 @@ def has_format(response: str, kind: str) -> float:
   if kind == "think":
     # No regular expression: this reads a policy's text in the training process, where a
     # pattern that backtracks over a megabyte of white space would hang the run.
-    thought, end, answer = response.partition("</think>")
+    thought, end, rest = response.partition("</think>")
     opened = "<think>" in thought.lstrip().removeprefix("<think>")
-    one_thought = bool(end) and not opened and "think>" not in answer
-    return float(one_thought and bool(boxed(answer)))
+    one_thought = bool(end) and not opened and "think>" not in rest
+    return float(one_thought and bool(boxed(rest)))
   raise ValueError(f"unknown format {kind!r}; there are boxed and think.")
 
 
