@@ -388,9 +388,10 @@ def _same_object(ours: Any, theirs: Any) -> bool:
 
 
 def _at_point(expression: Any, point: int) -> Any:
-  """Returns the value for the values that the letters have in `numeric`."""
-  names = expression.free_symbols
-  return expression.subs({x: numeric.value_of_letter(str(x), point) for x in names})
+  """Returns the value at a rational point; small numbers, as SymPy factors them."""
+  names = map(str, expression.free_symbols)
+  values = {x: numeric.value_of_letter(x, point).limit_denominator(50) for x in names}
+  return expression.subs({x: values[str(x)] for x in expression.free_symbols})
 
 
 @functools.lru_cache(maxsize=1024)
