@@ -47,6 +47,18 @@ def pytest_configure(config):
     shutil.rmtree(_programs)
 
 
+# The files that take longest, which start first: the workers then end together.
+_LONGEST = (
+  *("sampler", "learner", "models", "reward_model", "loop", "planning", "attention"),
+  *("variance", "lora", "docs", "logprobs", "eval_command", "pool", "sharding"),
+)
+
+
+def pytest_collection_modifyitems(items):
+  order = {f"{name}_test": i for i, name in enumerate(_LONGEST)}
+  items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _free_compiled_programs():
   """Frees a module's compiled programs after its last test.

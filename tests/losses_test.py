@@ -180,7 +180,7 @@ def test_micro_batches_add_up_to_the_step_however_it_is_split(order, cuts):
 def test_token_mean_of_the_step_is_not_the_mean_of_its_parts():
   # One row of 7 tokens that lose 0.1, two of 1 token that lose 0.2 and 0.8:
   # (0.7 + 0.2 + 0.8) / 9 = 0.189. Parts that divide by their own tokens, averaged,
-  # give (0.1 + 0.2 + 0.8) / 3 = 0.367, and a loss that depends on the memory at hand.
+  # give (0.1 + 0.2 + 0.8) / 3 = 0.367, and a loss that depends on the micro-batch size.
   mask = np.arange(7) < np.array([7, 1, 1])[:, None]
   values = np.where(mask, np.array([0.1, 0.2, 0.8])[:, None], 5.0).astype(np.float32)
   normalizer = losses.step_normalizer(mask, "token_mean")

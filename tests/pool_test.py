@@ -1,4 +1,4 @@
-"""No answer can stop or mislead the pool, and nothing is silently wrong."""
+"""No response can stop or mislead the pool, and nothing is silently wrong."""
 
 import functools
 import itertools
@@ -99,7 +99,7 @@ def test_bad_items_are_none_with_a_reason_and_the_others_keep_their_place():
     assert reasons[5] == "timed out after 1 s"
     assert "ValueError" in reasons[7]
     assert "SystemExit" in reasons[8]
-    # The pool goes on, and yesterday's errors are gone.
+    # The pool goes on, and the earlier batch's errors are gone.
     assert pool.score(["e"], ["e"]) == [1.0]
     assert pool.last_errors == []
 

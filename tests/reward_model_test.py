@@ -441,7 +441,7 @@ def test_a_question_without_a_scorable_answer_is_left_out():
     [dataclasses.replace(r, truth=true_score(r.response, r.reference)) for r in ours]
   )
   assert alone["true_score"] == pytest.approx(0.8), "of all answers, scorable or not"
-  assert not [name for name in alone if "win_rate" in name], "nobody to win against"
+  assert not [name for name in alone if "win_rate" in name], "no opponent"
 
 
 def test_scores_beyond_zero_and_one_are_not_counted_as_right_or_wrong():
@@ -718,7 +718,7 @@ def test_a_finished_run_is_evaluated_by_scores_and_wins(trained, tmp_path, capsy
     assert results["settings"]["reward"]["scored_by"] == fingerprint(run.reward_model)
   for row in lines(tmp_path / "step_2" / "preferences.responses.jsonl"):
     assert row["truth"] == true_score(row["response"], row["reference"])
-  # How often an answer is right, nobody can say.
+  # A graded reward has no pass rate.
   assert not [*tmp_path.rglob("*.problems.jsonl")]
 
 
