@@ -421,7 +421,7 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A run of which only the start and two checkpoints are there, of random policies."""
+  """A run with only its start policy and two checkpoints, all random."""
   directory = tmp_path_factory.mktemp("runs") / "small"
   base = get_config()
   config = dataclasses.replace(
