@@ -34,14 +34,14 @@ defines every name. Below a package, the map lists its modules.
                      arithmetic builders decontaminate preferences prompts selection
                      sources stream
     rewards          math verifier, worker pool, shaping, reward model
-                     answers custom early math_verifier numeric pool quantities
-                     reward_model shaping spelling
+                     answers custom early math_verifier normalization numeric pool
+                     reward_model shaping
     evaluation       pass@k, maj@k, diversity, win rates, with intervals
                      diversity estimators evaluator graded responses summary tables
     devices          mesh, processes, memory, profiling, ahead-of-time programs
                      aot distributed environment memory profiling sharding
     storage          run directory, checkpoints, record of metrics and samples
-                     checkpoint directory json_files record run_json
+                     checkpoint config_file directory json_files record run_json
     reports          figures, report.html, compare.html
                      charts compare plots report run_files style terminal
     planning         memory and time of a run on absent devices

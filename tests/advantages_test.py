@@ -558,15 +558,9 @@ def test_batch_without_a_row_that_counts_gives_zero():
   assert_none(run(rewards, np.zeros(NUM_ROWS), ids, valid))
 
 
-def assert_no_nan_on_the_way(function, *args):
-  """Not in any operation, not only in the result: what `jax_debug_nans` looks for."""
-  checked = checkify.checkify(function, errors=checkify.nan_checks)
-  error, _ = jax.jit(checked)(*args)
-  error.throw()
+def test_group_without_weight_divides_nothing_by_zero():
+  """`jax_debug_nans` raises at 0 / 0 even where the result is thrown away."""
 
-
-def test_group_without_weight_is_quiet_where_someone_looks_for_nan():
-  # With `jax_debug_nans` a 0 / 0 raises even where its result is thrown away.
   def advantages(zeros):
     ids = jnp.zeros(4, int)
     return [
@@ -574,7 +568,10 @@ def test_group_without_weight_is_quiet_where_someone_looks_for_nan():
       for name in ("mean", "opo", "opo_loo")
     ]
 
-  assert_no_nan_on_the_way(advantages, np.zeros(4, np.float32))
+  # Looks at every operation, not only at the result.
+  checked = checkify.checkify(advantages, errors=checkify.nan_checks)
+  error, _ = jax.jit(checked)(np.zeros(4, np.float32))
+  error.throw()
 
 
 def test_single_row_of_a_group_gets_zero():
@@ -901,6 +898,7 @@ def test_equal_rewards_have_finite_gradients():
   lengths, ids = np.float32([3.0, 1, 2, 4, 5]), np.array([0, 0, 0, 1, 1])
   weights = np.cos(np.arange(5.0))
 
+  @jax.jit
   def gradients(rewards, lengths):
     def weighted(rewards, lengths, name):
       return (ESTIMATORS[name](rewards, lengths, ids, num_groups=2) * weights).sum()
@@ -910,10 +908,8 @@ def test_equal_rewards_have_finite_gradients():
       for name in ESTIMATORS
     }
 
-  found = jax.jit(gradients)
   for rewards in ([0.5, 0.5, 0.5, 1.0, 0.0], [0.5] * 5):
-    assert_no_nan_on_the_way(gradients, np.float32(rewards), lengths)
-    for name, grads in found(np.float32(rewards), lengths).items():
+    for name, grads in gradients(np.float32(rewards), lengths).items():
       assert np.isfinite(grads).all(), name
 
 

@@ -110,17 +110,15 @@ reports.terminal:
 reward_training: build config data devices.sharding evaluation learner metrics models
   rewards.reward_model rollouts run scorer sft storage
 rewards: rewards.custom rewards.math_verifier rewards.pool
-rewards.answers: rewards.numeric
+rewards.answers:
 rewards.custom:
 rewards.early:
-rewards.math_verifier: rewards.answers rewards.numeric rewards.quantities
-  rewards.spelling
+rewards.math_verifier: rewards.answers rewards.normalization rewards.numeric
+rewards.normalization:
 rewards.numeric:
 rewards.pool:
-rewards.quantities: rewards.numeric rewards.spelling
 rewards.reward_model: devices.sharding models rollouts
 rewards.shaping: rewards.answers
-rewards.spelling: rewards.answers
 rollouts:
 run: build config data devices models problems reports.terminal scorer storage.directory
 sampler: sampler.engine sampler.params sampler.schedule sampler.state

@@ -109,7 +109,7 @@ def slugs(page):
 
 
 def test_every_source_file_that_is_named_exists():
-  """Named with its folder: opo_jax/loop.py, rewards/pool.py, tests/losses_test.py."""
+  """Named with its folder: opo_jax/logprobs.py, rewards/pool.py."""
   lost = set()
   for path in filter(pathlib.Path.is_file, SOURCES):
     for name in re.findall(r"(?<![\w/.-])(?:\w+/)+[a-z]\w*\.py\b", path.read_text()):

@@ -55,7 +55,6 @@ def test_answers_do_not_depend_on_when_they_were_scored(early):
 
 def test_without_a_thread_everything_is_scored_at_the_end():
   scoring = EarlyScoring(score)
-  assert not scoring.wants_rows
   assert scoring.finish(BATCH) == EXPECTED
 
 

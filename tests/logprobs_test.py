@@ -64,7 +64,7 @@ def reference_grads(hidden, unembedding, targets, temperature, weights):
   """By JAX from the definitions, in float64."""
   floats = float64(hidden, unembedding)
   with jax.enable_x64(True):
-    args = *floats, targets, np.float64(temperature), float64(*weights)
+    args = *floats, np.int32(targets), np.float64(temperature), float64(*weights)
     grads = _reference_grads(*args)
     assert grads[0].dtype == jnp.float64
     return [np.asarray(grad) for grad in grads]

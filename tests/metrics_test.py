@@ -90,7 +90,7 @@ def test_what_was_kept_is_where_a_bucket_has_it(tmp_path, monkeypatch, streams):
   lines._file = Watched()
   lines.write({"step": 1})
   assert not uploaded
-  lines.keep()
+  lines.sync()
   assert uploaded == ['{"step": 1}\n'] * (1 if streams else 2)
   lines.write({"step": 2})
   lines.close()
@@ -193,7 +193,6 @@ def test_responses_by_hand():
   assert row == pytest.approx(
     {
       "reward/mean": 2 / 3,
-      "reward/unscorable_fraction": 1 / 4,
       "response_length/mean": 12.0,
       # deviations -10 -2 18 -6: squares 464, / 4 = 116
       "response_length/cv": math.sqrt(116) / 12,
@@ -220,7 +219,6 @@ def test_what_was_not_measured_is_absent():
 
 def test_step_without_a_scorable_answer_has_lengths_and_no_rewards():
   row = describe([np.nan, np.nan, np.nan], [3, 5, 8])
-  assert row["reward/unscorable_fraction"] == 1.0
   assert row["response_length/mean"] == pytest.approx(16 / 3)
   assert "reward/mean" not in row
   assert not [name for name in row if "correct" in name or "wrong" in name]

@@ -485,12 +485,12 @@ def test_running_out_of_memory_says_how_many_slots_to_use(program, monkeypatch):
     sample(policy(), slots=7)
 
 
-def test_memory_told_is_that_of_the_slots_taken():
+def test_reported_memory_is_that_of_the_slots_taken():
   params = SamplingParams(max_new_tokens=12)
   # A slot: 2 x 2 layers x 2 heads x 8 x 4 bytes x 12 x 3/2 + 8 x 4 x 24.
   assert JaxSampler(slots=7).memory_bytes(policy(), 24, params) == (7, 7 * 5376)
   assert JaxSampler().memory_bytes(policy(), 5, params) == (5, 5 * 5376)
-  # Two slots of each of four shards; on two devices each, which split heads and words.
+  # Two slots of each of four shards, on two devices that split heads and vocabulary.
   four = SimpleNamespace(
     config=CONFIG, mesh=sharding.make_mesh(4, 1, 2), dtype="float32"
   )

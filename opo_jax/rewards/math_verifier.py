@@ -1,99 +1,72 @@
 r"""Is a mathematical answer right?
 
-`math_reward` finds the final answer of a response (`rewards.answers`), `math_equal`
-compares it with the reference: what is plain is compared exactly (choices, bases,
-numbers: `rewards.quantities`) or by value (`rewards.numeric`), the rest with
-math-verify and SymPy. No JAX, and the parser is imported when it is first needed.
+`math_reward` finds the final answer of a response (`rewards.answers`) and compares it
+with the reference: in one notation (`rewards.normalization`), lists, tuples, intervals
+and matrices element by element, expressions by their exact value (`rewards.numeric`).
+math-verify parses what that cannot read, and SymPy decides. No JAX; the parser is
+imported on first use.
 """
 
 import functools
+import itertools
 import logging
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from opo_jax.rewards import numeric, quantities
-from opo_jax.rewards.answers import boxed, final_answer, stated
-from opo_jax.rewards.spelling import (
-  CHOICE,
-  LABELLED,
-  NUMBER_WORDS,
-  WORD,
-  canonical,
-  has_words,
-  tidy,
-)
+from opo_jax.rewards import numeric
+from opo_jax.rewards.answers import final_answer
+from opo_jax.rewards.normalization import canonical, has_words, normalize, without_unit
 
-# Longer is prose or an attack: the longest reference of MATH has 159 characters.
-_MAX_ANSWER_LENGTH = 500
-# Nested deeper is an attack on the parser, which takes seconds over it.
-_MAX_DEPTH = 20
-_STATEMENT = re.compile(
-  r"(?!.*\b(?:and|or|not)\b)[A-Za-z]{2}(?:(?!\b(?:is|are)\b)[^=<>]){0,200}\b(?:is|are) "
-  r"(\$?(?:\\\()?-?[\d\\][^\s,]*)"
-)
+_MAX_ANSWER_LENGTH = 500  # The longest reference of MATH has 159 characters.
+_MAX_DEPTH = 20  # The parser takes seconds for brackets nested deeper.
 
 
 def math_reward(response: str, reference: str) -> float:
-  r"""Gives 1.0 if the final answer of a response equals the reference, else 0.0.
+  r"""Returns 1.0 if the final answer of a response equals the reference, else 0.0.
 
-  Which answer is final, by the first rule that applies (`answers.final_answer`):
-    1. The last `\boxed{…}` that is not empty; boxes side by side are one list. What a
-       "final answer is N" after it begins with replaces it, if that is a value.
-    2. The last marked answer: `#### N`, "answer is N", `<answer>N</answer>`.
-    3. The last line, unless it asks for something.
-  Of a sentence that 2 or 3 gives, the one value that it states (`answers.stated`).
-  Numbers elsewhere in the text never count, so repeating the question earns nothing; of
-  its formulas in a box few do: an algebraic form can be question and answer at once.
+  The final answer is in the last `\boxed{…}`, or without a box behind the last mark:
+  `#### N`, `<answer>N</answer>`, "answer is N", "answer: N" (`answers.final_answer`).
+  A response without box or mark earns nothing, and so does arithmetic left undone
+  ("3 + 4", "14/2", `\log_2 8`): a question repeated is no answer.
 
   Args:
-    response: what the policy wrote, any text of any length.
-    reference: the true answer, as for `math_equal`.
-
-  Returns:
-    1.0 or 0.0. A response without a final answer is wrong: 0.0.
+    response: any text of any length.
+    reference: the true answer, as in `math_equal`.
 
   Raises:
     ValueError: the reference is empty.
 
-  >>> math_reward("3 + 4 = 7, so the answer is $7.", "7")
-  1.0
+  >>> math_reward("3 + 4 = 7, so the answer is $7.", "7"), math_reward("It is 7.", "7")
+  (1.0, 0.0)
   """
-  _check_reference(reference)
+  reference = _answer_of(reference)
   answer = final_answer(response)
-  return float(answer is not None and _is_answer(answer, reference))
+  return float(answer is not None and _are_equal(answer, reference, True))
 
 
 def math_equal(prediction: str, reference: str) -> bool:
-  r"""Says whether two answers are the same mathematical object.
+  r"""Returns whether two answers are the same mathematical object.
 
-  Plain numbers are compared exactly, without regard to thousands separators, currency
-  or a unit in words: "1,234", "$18", "18.00", "18 dollars". "50%" equals 50 and 0.5. A
-  decimal of at least four decimals and four digits equals what rounds to it: 0.3333 is
-  `\frac13`; a reference of three equals the irrational value that it rounds. Lists and
-  sets are compared without regard to order, an inequality as the interval it is, digits
-  with a base as they stand. What is none of these has to agree in value
-  (`rewards.numeric`), or goes to math-verify.
+  Integers, fractions and decimals are equal only if they are the same rational number:
+  0.3333 is not a third. "1,234" is 1234; "$18", "18.00" and "18 dollars" are 18; "50%"
+  is 50 and 0.5. Lists, sets and unions are compared in any order, tuples, intervals and
+  matrices element by element, an inequality as an interval, an equation up to a factor,
+  words only with the same words.
 
-  Stricter than math-verify where a policy could learn to exploit it: alternatives ("3
-  or 4") equal no single value, numbers side by side ("3 4") nothing; words equal only
-  the same words, where math-verify multiplies their letters ("cat" would equal "act").
-  Arithmetic left undone ("3 + 4", "14/2") equals its value only here, where it is all
-  of the prediction or its box: in a sentence and for `math_reward` it is no answer, as
-  it may be the question repeated; so do functions of numbers (`\log_2 8`). Powers,
-  roots and scientific notation always are.
+  Alternatives ("3 or 4") equal no single value, and numbers that touch ("3 4") equal
+  nothing, where math-verify would compute with them. Arithmetic equals its value here,
+  but earns nothing in `math_reward`.
 
-  There is no time limit here: comparing towers of powers may take for ever. Text that a
-  policy wrote belongs into `RewardPool`.
+  There is no time limit here, and SymPy may take very long: give text that a policy
+  wrote to a `RewardPool`.
 
   Args:
-    prediction: an answer, LaTeX or plain, or a text of which the answer is taken that
-      `math_reward` would take.
+    prediction: an answer, LaTeX or plain; a box around all of it is removed.
     reference: the true answer, LaTeX or plain; of a whole solution its final answer.
 
   Returns:
-    False also where the prediction cannot be parsed, exceeds 500 characters or nests
-    brackets deeper than 20.
+    False also where the prediction cannot be parsed, has more than 500 characters, or
+    nests brackets more than 20 deep.
 
   Raises:
     ValueError: the reference is empty.
@@ -101,87 +74,19 @@ def math_equal(prediction: str, reference: str) -> bool:
   >>> math_equal(r"\frac{\sqrt{4}}{4}", "0.5"), math_equal("3 or 4", "3")
   (True, False)
   """
-  _check_reference(reference)
-  if _is_answer(prediction, reference):
-    return True
-  return _is_undone(prediction, reference)
-
-
-def _is_undone(prediction: str, reference: str) -> bool:
-  """Whether it is nothing but arithmetic that comes to the reference."""
-  inside = boxed(prediction)
-  is_all = inside == "" or prediction.strip(" $.") == rf"\boxed{{{inside}}}"
-  if inside is None or "oxed" in inside or not is_all or not _comparable(prediction):
-    return False
-  expression = tidy(prediction)
-  if quantities.DECIMAL.fullmatch(expression.replace(",", "")):
-    return False
-  numbers = quantities.read(expression), quantities.read(tidy(reference))
-  if all(numbers):
-    return numbers[0].value == numbers[1].value
-  same = numeric.compare(expression, tidy(reference))
-  if same is None and numeric.is_undone_function(expression, tidy(reference)):
-    is_read = not has_words(expression) and not _SIDE_BY_SIDE.search(expression)
-    return is_read and _same_expression(expression, tidy(reference))
-  return same is True
-
-
-def _is_answer(prediction: str, reference: str) -> bool:
-  """`math_equal` for what a policy wrote: arithmetic has to be done."""
-  if "####" in reference or len(reference) > _MAX_ANSWER_LENGTH:
-    reference = final_answer(reference) or reference
-  if statement := _STATEMENT.fullmatch(reference):
-    return _is_answer(prediction, statement[1])  # 4 of "The number is 4."
-  shrinks = True
-  while shrinks and ("oxed" in prediction or "fbox" in prediction):
-    inside = final_answer(prediction) or ""
-    shrinks = len(inside) < min(len(prediction), _MAX_ANSWER_LENGTH)
-    prediction = inside
-  if _comparable(prediction) and _equal(prediction, reference):
-    return True
-  if not _may_be_sentence(prediction):
-    return False
-  answer = final_answer(prediction) or ""
-  values = (answer, stated(answer)) if _may_be_sentence(answer) else (answer,)
-  return any(
-    bool(value) and _comparable(value) and _equal(value, reference) for value in values
-  )
-
-
-def _may_be_sentence(text: str) -> bool:
-  marks = re.search(r"\*\*|#|\bis\b", text)
-  return bool(marks or WORD.search(text)) or not text.isascii()
-
-
-def _comparable(text: str) -> bool:
-  return len(text) <= _MAX_ANSWER_LENGTH and _depth(text) <= _MAX_DEPTH
-
-
-def _check_reference(reference: str) -> None:
-  if not reference.strip():
-    raise ValueError("the reference is empty; expected the true answer of the problem.")
-
-
-def _depth(text: str) -> int:
-  depth = deepest = 0
-  for character in text:
-    depth += (character in "([{") - (character in ")]}")
-    deepest = max(deepest, depth)
-  return deepest
+  return _are_equal(prediction, _answer_of(reference), False)
 
 
 def normal_answer(response: str) -> str | None:
-  r"""Gives the final answer of a response in a normal form, for counting votes.
+  r"""Returns the final answer of a response in one notation, to count votes.
 
-  Found by the rules of `math_reward`, without box, delimiters, currency and spacing.
-  Equal strings are equal answers; the reverse is not so: 1/2 and 0.5 stay two.
+  Equal strings are equal answers; the reverse does not hold: 1/2 and 0.5 stay two.
 
   Args:
-    response: any text of any length; the time it takes is linear in that.
+    response: any text of any length; the time is linear in that.
 
   Returns:
-    None where there is no final answer: an unclosed box, more than 500 characters, or
-    a last line that states nothing.
+    None where there is no final answer, or one of more than 500 characters.
 
   >>> normal_answer(r"So $x = \boxed{ \frac{1}{2} }$."), normal_answer("I do not")
   ('\\frac{1}{2}', None)
@@ -189,10 +94,7 @@ def normal_answer(response: str) -> str | None:
   answer = final_answer(response)
   if answer is None or len(answer) > _MAX_ANSWER_LENGTH:
     return None
-  if has_words(answer) and not boxed(response):
-    answer = stated(answer)
-  answer = canonical(tidy(answer))
-  return answer if answer and (boxed(response) or not has_words(answer)) else None
+  return canonical(normalize(answer)) or None
 
 
 def warm_up_parser() -> None:
@@ -200,417 +102,313 @@ def warm_up_parser() -> None:
   _same_expression(r"x^2 + \frac{\sqrt{2}}{3}", r"\frac{\sqrt{2}}{3} + x^2 + 0")
 
 
-# What a pool runs once in each of its workers.
+# `RewardPool` calls this once in each of its workers.
 math_reward.warm_up = warm_up_parser
 
 
-# The samples of a group share their reference, and often their answer.
-@functools.lru_cache(maxsize=4096)
-def _equal(prediction: str, reference: str) -> bool:
-  prediction, reference = tidy(prediction), tidy(reference)
-  return bool(prediction) and _equal_tidied(prediction, reference)
+def _answer_of(reference: str) -> str:
+  if not reference.strip():
+    raise ValueError("the reference is empty; expected the true answer of the problem.")
+  is_solution = "####" in reference or "boxed" in reference
+  if is_solution or len(reference) > _MAX_ANSWER_LENGTH:
+    return final_answer(reference) or reference
+  return reference
 
 
-def _equal_tidied(prediction: str, reference: str) -> bool:
-  prediction, reference = prediction.lstrip("= "), reference.lstrip("= ")
-  ours, labelled = canonical(prediction), LABELLED.fullmatch(reference)
-  if ours in (canonical(reference), labelled and labelled[1]):
-    return True
-  if _contradicts_itself(prediction):
+def _is_comparable(text: str) -> bool:
+  if len(text) > _MAX_ANSWER_LENGTH:
     return False
-  choice = CHOICE.fullmatch(prediction)
-  if choice and choice["content"] and not CHOICE.fullmatch(reference):
-    prediction = choice["content"].strip()  # 12 of "(C) 12"
-  name, value_of_name = _named(reference)
-  if name and ours == canonical(value_of_name):
-    return True
-  target = quantities.read(value_of_name)
-  if target is None and quantities.DECIMAL_POINT.fullmatch(prediction):
-    target = quantities.read(quantities.DECIMAL_COMMA.sub(".", reference))
-  if target is not None:
-    value = quantities.read(_right_side(prediction))
-    if value is None and not target.is_fraction and target.value.denominator > 1:
-      value = quantities.read(quantities.DECIMAL_COMMA.sub(".", prediction))
-    if value is not None:
-      names = _EQUALS.split(prediction.translate(_BRACES))[:-1]
-      names = {_OF_VARIABLE.sub("", each.strip()).casefold() for each in names}
-      is_named = not names or not name or name.casefold() in names
-      return is_named and quantities.same_number(value, target)
-    expression = quantities.without_unit(_right_side(prediction))
-    if numeric.is_undone(expression, target.value.denominator == 1):
-      return False
-  if numeric.is_undone_function(prediction, quantities.without_unit(value_of_name)):
+  steps = ((c in "([{") - (c in ")]}") for c in text)
+  return max(itertools.accumulate(steps), default=0) <= _MAX_DEPTH
+
+
+# 3 4, 3"4, 3[4] and 3_x: math-verify would make one number of them.
+_TOUCHING = re.compile(
+  r"(?<![_\d])\d+(?:\s+|\s*[\"'`]\s*)\d|\.\.|\\[lc]?dots(?![a-z])"
+  r"|[\d)\]]\s*\[[-\s\d.]*\]|\d\s*_\s*\{?[a-z]\b|boxed|\\fbox"
+)
+_THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
+
+
+# The responses of a group share their reference, and often their answer.
+@functools.lru_cache(maxsize=8192)
+def _are_equal(prediction: str, reference: str, done: bool) -> bool:
+  """`math_equal`; where `done`, work left undone equals nothing."""
+  if not _is_comparable(prediction):
     return False
-  ours, theirs = _named(prediction), _named(reference)
-  if (
-    (ours[0] == theirs[0])
-    or (not ours[0] and "=" not in prediction)
-    or (not theirs[0] and "=" not in reference)
+  ours, theirs = normalize(prediction), normalize(reference)
+  if not ours or canonical(ours) == canonical(theirs):
+    return bool(ours)
+  if _TOUCHING.search(ours):
+    return False
+  numbers = [
+    _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
+    for text in (ours, theirs)
+  ]
+  if _same(*numbers, done):
+    return True
+  return numbers != [ours, theirs] and _same(ours, theirs, done)  # 1,234 is a list.
+
+
+def _same(ours: str, theirs: str, done: bool) -> bool:
+  """Compares two normalized answers of any kind."""
+  if canonical(ours) == canonical(theirs):
+    return True
+  (our_name, our_value), (their_name, their_value) = _named(ours), _named(theirs)
+  if not our_value or not their_value:
+    return False
+  if (our_name or their_name) and (
+    our_name == their_name
+    or (not our_name and "=" not in our_value)
+    or (not their_name and "=" not in their_value)
   ):
-    prediction, reference = ours[1], theirs[1]  # y = 2x and 3x: what y is.
-  if (in_base := _same_in_base(prediction, reference)) is not None:
-    return in_base
-  if (same := _same_parts(prediction, reference)) is not None:
-    return same
-  prediction = quantities.without_unit(prediction)
-  reference = quantities.without_unit(reference)
-  if has_words(prediction) or has_words(reference):
-    return False
-  if _SIDE_BY_SIDE.search(prediction):
-    return False
-  if _MATRIX.fullmatch(reference) and prediction.count(r"\begin") > 1:
-    return False  # A sum or product of matrices that is left undone.
-  same = numeric.compare(quantities.plain(prediction), quantities.plain(reference))
-  if not same and quantities.rounds_to(prediction, target):
-    return True
-  if same is None and prediction.count("=") == reference.count("=") == 1:
-    same = numeric.compare_equations(prediction, reference)
-  return _same_expression(prediction, reference) if same is None else same
+    return _same(our_value, their_value, done)  # y = 2x and 2x
+  ours = ours if our_name else our_value
+  theirs = theirs if their_name else their_value
+  our_set, their_set = _solution_set(ours), _solution_set(theirs)
+  if our_set and their_set and our_set[0] != their_set[0]:
+    return False  # Of x and of y.
+  if our_set or their_set:
+    ours = our_set[1] if our_set else ours
+    return _same(ours, their_set[1] if their_set else theirs, done)
+  our_parts, their_parts = _parts(ours), _parts(theirs)
+  if our_parts and their_parts:
+    return _same_parts(our_parts, their_parts, done)
+  if our_parts or their_parts:
+    # One value in two forms is that value; two values are not one of them.
+    kind, elements = our_parts or their_parts
+    pairs = ((each, theirs) if our_parts else (ours, each) for each in elements)
+    return kind == "list" and all(_same(*pair, done) for pair in pairs)
+  return _same_value(ours, theirs, done)
 
 
-# --- Equations and bases ---
+# --- Equations and inequalities ---
 
-# 3 4, 3"4, 3[4] and 3_x: math-verify would make a number of them.
-_SIDE_BY_SIDE = re.compile(
-  r"(?<![_\d])\d+(?:\s+|\s*(?:[\"'`]|\\[lc]?dots(?![a-z]))\s*)\d"
-  r"|[\d)\]]\s*\[[-\s\d.]*\]|\d\s*_\s*\{?[a-z]"
-)
-_EXPRESSION = re.compile(r"[a-z]\s*[-+*^/]|[-+*/]\s*\d*\s*[a-z]")
 _EQUALS = re.compile(r"(?<![<>!])=")
-
-
-def _contradicts_itself(text: str) -> bool:
-  """Whether it begins with a number and ends with one far from it: 3 + 4 = 42."""
-  first, *others = _EQUALS.split(text)
-  if not others or None in (one := numeric.values(first)):
-    return False
-  last = numeric.values(others[-1])
-  is_constant = None not in last and one[0] == one[1] and last[0] == last[1]
-  return is_constant and abs(one[0] - last[0]) > 0.01 * abs(last[0])
-
-
-def _right_side(text: str) -> str:
-  """Gives what an equation says its left side is: 7 of `x = 3 + 4 = 7`."""
-  exact, approximately, rounded = text.partition(r"\approx")
-  if approximately:  # 1/3 of "1/3 \approx 0.3", 3.14 of "x \approx 3.14".
-    text = f"{exact}={rounded}" if re.fullmatch(r"[\\\w ]*[A-Za-z] ?", exact) else exact
-  *left, right = _EQUALS.split(text)
-  label = re.compile(
-    r"[A-Za-z ]{1,40}|(?!.*(?<![\\A-Za-z])[A-Za-z]{2})(?:[^,]|\(.*|,\S)*"
-  )
-  if right.strip() == "0" and any(_EXPRESSION.search(side) for side in left):
-    return text  # 2x - y = 0 is not 0.
-  if all(label.fullmatch(side) for side in left):
-    return right.strip()
-  return text
-
-
-_BRACES = str.maketrans("", "", "{}")  # a_{2} is a_2
-_SYMBOL = r"[A-Za-z](?:_\w|_\{\w+\})?"
-_OF_VARIABLE = re.compile(r"\s?\(\s?[a-z]\s?\)$")  # W(x) is W(n).
-_NAMED = re.compile(
-  rf"([A-Za-z][A-Za-z ]{{,39}}|\\[a-z]+|{_SYMBOL}(?::{_SYMBOL}|\([a-z]\))?)"
-  r"\s*=([^=]*)"
+_LABEL = re.compile(
+  r"(?:\\[a-z]+ ?)?[A-Za-z][A-Za-z ]*(?:_\w+|')?(?:\^\{-1\})? ?(?:\( ?[a-z] ?\))?"
+  r"|\\[a-z]+|\( ?[A-Za-z](?: ?, ?[A-Za-z])+ ?\)"
 )
+_ARGUMENT = re.compile(r"\s?\(\s?[a-z]\s?\)$")  # f(x) is f(t).
+_AND_OR = re.compile(r",?\s*\b(?:and|or)\b\s*")
+_MEMBER = re.compile(r"\s*([A-Za-z])\s*\\in(?![a-z])\s*")
+_RELATION = re.compile(r"\s*(\\[lg]e(?![a-z])|[<>])\s*")
+_VARIABLE = re.compile(r"[A-Za-z](?:\([a-z]\))?|\\[a-z]+")
+_MIRRORED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
 def _named(text: str) -> tuple[str, str]:
-  """Gives the name and the value of `x = 5`; any other text has no name."""
-  match = _NAMED.fullmatch(text)
-  if match is None:
-    return "", text
-  name = _OF_VARIABLE.sub("", match[1].strip())
-  return name.translate(_BRACES), match[2].strip()
+  """Returns the name and the value of `x = 3 + 2 = 5`: x and 5.
 
-
-_IN_BASE = re.compile(r"([0-9A-F]+)\s*_\s*(?:\{\s*(\w+)\s*\}|(\w+))")
-
-
-def _same_in_base(prediction: str, reference: str) -> bool | None:
-  """Compares digits with a base, `1011_2`; None where neither has one.
-
-  Digits alone are in the base that the other names.
+  The name is "" where there is none; the value is "" where two sides contradict each
+  other (7 = 42). An equation without a name is returned as it is.
   """
-  ours, theirs = (_IN_BASE.fullmatch(t.strip()) for t in (prediction, reference))
-  if ours is None and theirs is None:
+  exact, approximately, rounded = text.partition(r"\approx")
+  if approximately:
+    is_name = not exact.strip() or _LABEL.fullmatch(exact.strip())
+    text = f"{exact}={rounded}" if is_name else exact
+  name, *sides = (side.strip() for side in _EQUALS.split(text))
+  if name and not _LABEL.fullmatch(name):
+    name, sides = "", [name, *sides]
+    readings = map(numeric.read, sides)
+    if not all(reading and not reading.has_letters for reading in readings):
+      return "", text
+  if not sides or (len(sides) > 1 and ("," in text or _AND_OR.search(text))):
+    return "", text  # x = 1, y = 2
+  if not all(_same_expression(side, sides[-1]) for side in sides[:-1]):
+    return "", ""
+  return _ARGUMENT.sub("", name), sides[-1]
+
+
+def _solution_set(text: str) -> tuple[str, str] | None:
+  r"""Returns variable and set of `x \in [1,2)` or `1 < x \le 3`, None for others."""
+  if member := _MEMBER.match(text):
+    return member[1], text[member.end() :]
+  alternatives = re.split(r"\s*\bor\b\s*", text)
+  if len(alternatives) > 1:
+    sets = [_solution_set(each) for each in alternatives]
+    if not all(sets) or len({variable for variable, _ in sets}) > 1:
+      return None
+    return sets[0][0], r"\cup".join(interval for _, interval in sets)
+  pieces = _RELATION.split(text)
+  is_falling = len(pieces) == 5 and pieces[1] in (">", r"\ge")
+  if is_falling or (len(pieces) == 3 and _VARIABLE.fullmatch(pieces[0])):
+    pieces = [_MIRRORED.get(piece, piece) for piece in reversed(pieces)]
+  # Now `low < x`, `x < high` mirrored to `high > x`, or `low < x < high`.
+  if len(pieces) not in (3, 5) or not _VARIABLE.fullmatch(pieces[2]):
     return None
-  if ours is None or theirs is None:
-    return theirs is not None and theirs[1] == _right_side(prediction).replace(" ", "")
-  return ours[1] == theirs[1] and _base_of(ours) == _base_of(theirs)
+  low, relation, variable, *rest = pieces
+  opening, closing = "(["["e" in relation], ")]"["e" in pieces[-2]]
+  if relation in (">", r"\ge"):
+    return None if rest else (variable, rf"(-\infty,{low}{closing}")
+  if rest and rest[0] in (">", r"\ge"):
+    return None
+  high = f"{rest[1]}{closing}" if rest else r"\infty)"
+  return variable, f"{opening}{low},{high}"
 
 
-def _base_of(match: re.Match) -> str:
-  base = (match[2] or match[3]).casefold()
-  return NUMBER_WORDS.get(base, base)
+# --- Lists, sets, tuples, intervals, unions, matrices ---
 
-
-# --- Lists, sets, tuples, intervals ---
-
-_AND_OR = re.compile(r",?\s*\b(?:and|or)\b\s*")
-_MEMBER = re.compile(r"\s*[A-Za-z]\s*\\in(?![a-z])\s*")
-_RELATION = re.compile(
-  r"\s*(<=|>=|<|>|\\(?:leqslant|geqslant|leq|geq|le|ge|lt|gt)(?![a-z]))\s*"
-)
-_VARIABLE = re.compile(r"[A-Za-z]|\\[a-z]+")
 _MATRIX = re.compile(r"\\begin\{([pb]?)matrix\}((?:(?!\\begin).)*)\\end\{\1matrix\}")
-_NAMES = re.compile(r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)\s*=\s*(?=\()")
-_UNORDERED = ("", "{}", r"\cup")
 
 
 class _Parts(NamedTuple):
-  # "" of a list, "{}" of a set, "\cup" of a union, a matrix's shape, else as written.
-  brackets: str
+  # "list" (also a set), "union", the brackets as in "[)", or rows and columns.
+  kind: str | tuple[int, int]
   elements: list[str]
-
-  def is_vector_of(self, other: "_Parts") -> bool:
-    """Whether it is a row or column of a matrix, and the other a tuple."""
-    shapes = "matrix of 1 rows", f"matrix of {len(self.elements)} rows"
-    return self.brackets in shapes and other.brackets in ("()", "[]")
-
-
-def _same_parts(prediction: str, reference: str) -> bool | None:
-  """Compares element by element; None where that settles nothing."""
-  members = _MEMBER.match(prediction), _MEMBER.match(reference)
-  if all(members) and members[0][0].split() != members[1][0].split():
-    return False  # Of x and of y.
-  ours, theirs = _as_intervals(prediction, reference)
-  if (ours, theirs) != (prediction, reference):
-    return _equal_tidied(ours, theirs)
-  ours, theirs = _parts(prediction), _parts(reference)
-  if "=" in prediction or "=" in reference:
-    named = _values_by_name(prediction), _values_by_name(reference)
-    if (same := _same_by_name(named, (ours, theirs))) is not None:
-      return same
-  if ours is None and theirs is None:
-    return None
-  if theirs is None and all(_equal_tidied(e, reference) for e in ours.elements):
-    # One value in two forms is that value; two values are not one of them.
-    return not ours.brackets or None
-  if ours is None or theirs is None:
-    single = prediction if ours is None else reference
-    known = ";" not in single and _is_known(_right_side(_named(single)[1]))
-    return False if known else None
-  alike = _same_set if theirs.brackets in _UNORDERED else _same_row
-  if {ours.brackets, theirs.brackets} <= {"", "{}"} or ours.brackets == theirs.brackets:
-    if alike(ours.elements, theirs.elements, _equal_tidied):
-      return True
-  elif ours.is_vector_of(theirs) or theirs.is_vector_of(ours):
-    return _same_row(ours.elements, theirs.elements, _equal_tidied)
-  elif {ours.brackets, theirs.brackets} == {"()", "{}"}:
-    return False
-  else:
-    if not ours.brackets and _same_row(ours.elements, theirs.elements, _equal_tidied):
-      return theirs.brackets == "()" or None  # -2, -2 is the point (-2, -2).
-    alike = _same_set  # A list and a tuple: math-verify knows, if they hold the same.
-    if alike(ours.elements, theirs.elements, _same_value):
-      return None
-  # What has a value differs where the values do; of the rest math-verify may know more.
-  if all(_is_known(_right_side(each)) for each in ours.elements + theirs.elements):
-    return alike(ours.elements, theirs.elements, _same_value)
-  return None
-
-
-def _is_known(text: str) -> bool:
-  is_infinite = text.replace(" ", "") in (r"\infty", r"+\infty", r"-\infty")
-  if is_infinite or quantities.read(text) or None not in numeric.values(text):
-    return True
-  parts = _parts(text)
-  return parts is not None and all(map(_is_known, parts.elements))
-
-
-def _same_value(prediction: str, reference: str) -> bool:
-  if quantities.read(prediction) and quantities.read(reference):
-    return _equal_tidied(prediction, reference)
-  if _parts(prediction) and _parts(reference):
-    return _same_parts(prediction, reference) is True
-  return numeric.compare(prediction, reference) is True or (
-    canonical(prediction) == canonical(reference)
-  )
-
-
-def _same_row(
-  ours: list[str], theirs: list[str], equal: Callable[[str, str], bool]
-) -> bool:
-  return len(ours) == len(theirs) and all(map(equal, ours, theirs))
-
-
-def _same_set(
-  ours: list[str], theirs: list[str], equal: Callable[[str, str], bool]
-) -> bool:
-  """Whether each has its equal on the other side, whatever the order."""
-  return all(any(equal(a, b) for b in theirs) for a in ours) and all(
-    any(equal(a, b) for a in ours) for b in theirs
-  )
 
 
 def _parts(text: str) -> _Parts | None:
-  """The elements of a list, set, tuple, interval or union; None for anything else."""
+  """Splits a list, set, tuple, interval, union or matrix; None for anything else."""
   if matrix := _MATRIX.fullmatch(text):
     rows = [row.split("&") for row in matrix[2].strip().rstrip("\\").split(r"\\")]
     cells = [cell.strip() for row in rows for cell in row]
-    return _Parts(f"matrix of {len(rows)} rows", cells) if all(cells) else None
-  text = _NAMES.sub("", text)
-  if re.search(r"\d,\d{3}(?!\d)|;|\\begin", text):
-    return None  # 1,234 is a number, and so may be part of this.
-  union = _split(text, r"\cup")
-  if len(union) > 1:
-    return _Parts(r"\cup", union)
-  inside = re.fullmatch(r"\\\{(.*)\\\}|\{(.*)\}|([(\[])(.*)([)\]])", text)
-  if (
-    inside is not None
-    and len(_split(inside[inside.lastindex - bool(inside[3])], ",")) > 1
-  ):
-    content = inside[inside.lastindex - bool(inside[3])]
-    if inside[3]:
-      return _Parts(inside[3] + inside[5], _split(content, ","))
-    brackets = "{}" if inside[1] else ""  # {1, 2} in LaTeX is 1, 2.
-    return _Parts(brackets, _with_both_signs(_split(content, ",")))
+    return _Parts((len(rows), len(rows[0])), cells) if all(cells) else None
+  if len(union := _split(text, r"\cup")) > 1:
+    return _Parts("union", union)
+  is_set = text.startswith(r"\{") and text.endswith(r"\}")
+  if is_set or (text[:1] in "([{" and text[-1:] in ")]}"):
+    inside = _split(text[1 + is_set : -1 - is_set], ",")
+    if not is_set and text[0] != "{" and len(inside) > 1:
+      return _Parts(text[0] + text[-1], inside)
+    if is_set or len(inside) > 1:
+      return _Parts("list", _with_both_signs(inside))
   elements = _with_both_signs(_split(_AND_OR.sub(",", text), ","))
-  return _Parts("", elements) if len(elements) > 1 else None
+  return _Parts("list", elements) if len(elements) > 1 else None
 
 
-def _same_by_name(
-  named: tuple[dict[str, str], dict[str, str]],
-  parts: tuple[_Parts | None, _Parts | None],
-) -> bool | None:
-  """Compares `x = 2, y = 1` with another such, or with the tuple (2, 1)."""
-  ours, theirs = named
-  if ours and theirs:
-    if ours.keys() != theirs.keys():
-      return None
-    return all(_equal_tidied(ours[name], theirs[name]) for name in ours)
-  values, other = (ours, parts[1]) if ours else (theirs, parts[0])
-  if not values or other is None or other.brackets not in ("()", "[]"):
-    return None
-  in_order = [values[name] for name in sorted(values)]
-  return _same_row(in_order, other.elements, _equal_tidied)
-
-
-def _values_by_name(text: str) -> dict[str, str]:
-  """x and y of `x = 3, y = 2` and of `(x, y) = (3, 2)`; of anything else nothing."""
-  if names := _NAMES.match(text):
-    tuples = text[: names.end()].rpartition("=")[0], text[names.end() :]
-    names, values = (_split(each.strip()[1:-1], ",") for each in tuples)
-    return dict(zip(names, values, strict=True)) if len(names) == len(values) else {}
-  pairs = [_named(each) for each in _split(_AND_OR.sub(",", text), ",")]
-  names = [name for name, _ in pairs]
-  return dict(pairs) if all(names) and len(set(names)) == len(pairs) > 1 else {}
+def _same_parts(ours: _Parts, theirs: _Parts, done: bool) -> bool:
+  if ours.kind == theirs.kind and ours.kind in ("list", "union"):
+    same = [[_same(a, b, done) for b in theirs.elements] for a in ours.elements]
+    return all(map(any, same)) and all(map(any, zip(*same, strict=True)))
+  size = len(theirs.elements)
+  vectors = (1, size), (size, 1)
+  is_alike = (
+    ours.kind == theirs.kind
+    or (ours.kind == "list" and theirs.kind == "()")  # -2, -2 is the point (-2, -2).
+    or (ours.kind in vectors and theirs.kind in ("()", "[]"))
+    or (theirs.kind in vectors and ours.kind in ("()", "[]"))
+  )
+  pairs = zip(ours.elements, theirs.elements, strict=False)
+  return is_alike and len(ours.elements) == size and all(_same(*p, done) for p in pairs)
 
 
 def _split(text: str, separator: str) -> list[str]:
   """Splits where no bracket is open; one element where the brackets do not close."""
-  elements, start, depth, at = [], 0, 0, 0
-  while at < len(text):
-    if text[at] in "([{":
-      depth += 1
-    elif text[at] in ")]}":
-      depth -= 1
-      if depth < 0:
-        return [text]
-    elif depth == 0 and text.startswith(separator, at):
+  elements, start, depth = [], 0, 0
+  for at, character in enumerate(text):
+    depth += (character in "([{") - (character in ")]}")
+    if depth < 0:
+      return [text]
+    if depth == 0 and text.startswith(separator, at):
       elements.append(text[start:at].strip())
       start = at + len(separator)
-    at += 1
   elements.append(text[start:].strip())
   return elements if depth == 0 and all(elements) else [text]
 
 
 def _with_both_signs(elements: list[str]) -> list[str]:
-  r"""Makes two elements of each with a `\pm`."""
+  r"""Replaces an element with `\pm` by two."""
   both = []
   for element in elements:
-    if r"\pm" in element:
-      both += [element.replace(r"\pm", "+"), element.replace(r"\pm", "-")]
-    else:
-      both.append(element)
+    signs = ("+", "-") if r"\pm" in element else ("",)
+    both += [element.replace(r"\pm", sign) for sign in signs]
   return both
 
 
-def _as_intervals(first: str, second: str) -> tuple[str, str]:
-  """Writes inequalities as the intervals they are, where that makes two comparable."""
-  first, second = _MEMBER.sub("", first), _MEMBER.sub("", second)
-  intervals = [_inequality(text) for text in (first, second)]
-  if all(intervals):
-    (x, one), (y, other) = intervals
-    return (one, other) if x == y else (first, second)
-  if intervals[0] and second.startswith(("(", "[")):
-    return intervals[0][1], second
-  if intervals[1] and first.startswith(("(", "[")):
-    return first, intervals[1][1]
-  return first, second
+# --- Single values ---
 
-
-def _inequality(text: str) -> tuple[str, str] | None:
-  """The variable and the interval of `1 < x <= 3` or `x > 2`, None for others."""
-  alternatives = re.split(r"\s*\bor\b\s*", text)
-  if len(alternatives) > 1:
-    parts = [_inequality(part) for part in alternatives]
-    if not all(parts) or len({variable for variable, _ in parts}) > 1:
-      return None
-    return parts[0][0], r"\cup".join(interval for _, interval in parts)
-  pieces = _RELATION.split(text)
-  if len(pieces) not in (3, 5) or not all(pieces):
-    return None
-  if len(pieces) == 3 and _VARIABLE.fullmatch(pieces[2]):
-    pieces.reverse()
-    rising = not _rises(pieces[1])
-  else:
-    rising = _rises(pieces[1])
-  closed = [piece not in ("<", ">", r"\lt", r"\gt") for piece in pieces[1::2]]
-  if len(pieces) == 5:
-    low, variable, high = pieces[::2]
-    if not rising or not _rises(pieces[3]) or not _VARIABLE.fullmatch(variable):
-      return None
-    return variable, f"{'(['[closed[0]]}{low},{high}{')]'[closed[1]]}"
-  variable, bound = pieces[0], pieces[2]
-  if not _VARIABLE.fullmatch(variable):
-    return None
-  if rising:
-    return variable, rf"(-\infty,{bound}{')]'[closed[0]]}"
-  return variable, rf"{'(['[closed[0]]}{bound},\infty)"
-
-
-def _rises(relation: str) -> bool:
-  return relation == "<=" or relation.startswith(("<", r"\l"))
-
-
-# --- What math-verify decides ---
-
-
-def _same_expression(prediction: str, reference: str) -> bool:
-  targets = _parse_reference(reference)
-  if not targets:
-    return False
-  values = _parse(prediction)
-  # Errors in a comparison (1/0 was predicted) are "not equal": the reference is known
-  # to parse. No time limit of math-verify's own: it rests on signals, which fail off
-  # the main thread, and the pool has the clock.
-  return bool(values) and _math_verify().verify(targets, values, timeout_seconds=None)
-
-
-_DEGREES = re.compile(r"(\d+)\s*(?:°|\^\s*(?:\\circ|\{\s*\\circ\s*\}))")
-# math-verify takes 2\\max(3, 4) for a mixed number.
-_TIMES_LEFT_OUT = re.compile(
-  r"(?<=[\d)])(?<![\^_]\d)\s*(?=\(|\\(?:[dt]?binom|max|min|gcd|lcm|log|ln|exp|sin|cos|tan)(?![a-z]))"
+_IN_BASE = re.compile(r"(-?\d[\dA-F.]*)_\{?\w+\}?")
+_IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")
+# (1+2i)(3-i), |3+4i| and \frac{1}{1+i} are work left undone; (1+i)/2 is not.
+_COMPLEX_WORK = re.compile(
+  r"[(|]|\\(?!(?:frac|sqrt|pi|cdot)(?![a-z]))[a-z]|\}\s*\{[^{}]*i[^{}]*\}|/[^/]*i"
 )
-_OF_ANGLES = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 
 
+def _same_value(ours: str, theirs: str, done: bool) -> bool:
+  if in_base := _IN_BASE.fullmatch(theirs.replace(" ", "")):
+    return ours == in_base[1]  # Digits alone are in the reference's base.
+  if _IN_BASE.fullmatch(ours) or ":" in ours + theirs:
+    return False  # Ratios and times are equal only as they stand.
+  (ours, our_percent), (theirs, their_percent) = _percent(ours), _percent(theirs)
+  if has_words(ours) or has_words(theirs) or ("=" in ours) != ("=" in theirs):
+    return False
+  if done and _is_undone(ours, theirs):
+    return False
+  if _same_expression(ours, theirs):
+    return True
+  if our_percent != their_percent:  # 50% is 50 and 0.5.
+    ours = f"({ours})/100" if our_percent else ours
+    theirs = f"({theirs})/100" if their_percent else theirs
+    return numeric.compare(ours, theirs) is True
+  return False
+
+
+def _percent(text: str) -> tuple[str, bool]:
+  text = without_unit(text).strip()
+  return text.rstrip("% "), text.endswith("%")
+
+
+def _is_undone(ours: str, theirs: str) -> bool:
+  """Whether the prediction leaves arithmetic, or a function of numbers, to be done."""
+  if numeric.is_undone(ours, theirs):
+    return True
+  is_complex = _IMAGINARY.search(theirs) and "(" not in theirs
+  return bool(is_complex and _COMPLEX_WORK.search(ours))
+
+
+_DECIMAL = re.compile(r"(\d*)\.(\d+)")
+# math-verify takes 2\max(3, 4) for a mixed number.
+_TIMES_LEFT_OUT = re.compile(
+  r"(?<=[\d)])(?<![\^_]\d)\s*(?=\(|\\(?!(?:frac|cdot|times|le|ge)(?![a-z]))[a-z])"
+)
+
+
+def _same_expression(ours: str, theirs: str) -> bool:
+  """Compares two expressions, equations or inequalities exactly.
+
+  SymPy decides where `numeric` cannot; `math_verify.verify` would compare decimals and
+  irrational values up to an absolute difference.
+  """
+  same = numeric.compare(ours, theirs)
+  if same is not None:
+    return same
+  try:
+    return any(map(_same_object, _parse(ours), _parse(theirs)))
+  except Exception:  # SymPy raises anything at 1/0.
+    return False
+
+
+def _same_object(ours: Any, theirs: Any) -> bool:
+  import sympy
+
+  if isinstance(ours, sympy.Rel) and isinstance(theirs, sympy.Rel):
+    if type(ours) is not type(theirs):
+      theirs = theirs.reversed
+    factor = sympy.simplify((ours.lhs - ours.rhs) / (theirs.lhs - theirs.rhs))
+    if type(ours) is not type(theirs) or not factor.is_number:
+      return False
+    return bool(factor.is_nonzero if isinstance(ours, sympy.Eq) else factor > 0)
+  if isinstance(ours, sympy.Expr) and isinstance(theirs, sympy.Expr):
+    return (ours - theirs).doit().equals(0) is True
+  return ours == theirs
+
+
+@functools.lru_cache(maxsize=1024)
 def _parse(text: str) -> list[Any]:
   library = _math_verify()
+  # A decimal is the fraction that it is; math-verify would make a float of it.
+  text = _DECIMAL.sub(
+    lambda each: rf"\frac{{{each[1]}{each[2]}}}{{1{'0' * len(each[2])}}}", text
+  )
   text = _TIMES_LEFT_OUT.sub(r" \\cdot ", text)
-  if _OF_ANGLES.search(text):
-    text = _DEGREES.sub(r"\\frac{\1\\pi}{180}", text)
   return library.parse(
     f"${text}$",
     [library.LatexExtractionConfig()],
     fallback_mode="no_fallback",
-    parsing_timeout=None,
+    parsing_timeout=None,  # It rests on signals, which fail off the main thread.
   )
-
-
-# The samples of a group share their reference.
-_parse_reference = functools.lru_cache(maxsize=1024)(_parse)
 
 
 @functools.cache

@@ -1,305 +1,278 @@
-r"""The value of an expression in floating point: quick, and only where it is sure.
+r"""Exact values of expressions: which two are equal, and which leave work undone.
 
-A parser for what most answers are made of: numbers, letters, `+ - * / ^`, `\frac`,
-`\sqrt`, `\pi`, brackets and implied products. Whatever else occurs makes it give up,
-and the caller asks SymPy, which takes a hundred times as long. Which decimals stand for
-a value that they only come near is said here too.
+A recursive-descent parser for the LaTeX of most answers: numbers, letters, `+ - * / ^`,
+`\frac`, `\sqrt`, brackets and implied products. A rational value is a `Fraction`,
+whatever its size. An irrational one has 60 digits, and two are compared by their
+relative difference. SymPy decides about everything else, a hundred times as slowly.
 """
 
-import fractions
+import decimal
 import functools
-import math
+import operator
 import random
 import re
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from typing import NamedTuple
 
+_PLAIN = re.compile(r"[-+]?\s?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,4})?")
 _TOKEN = re.compile(
-  r"\s*(?:(?P<number>\d+(?:\.\d*)?|\.\d+)|\\(?P<command>[A-Za-z]+)"
-  r"|(?P<letter>[A-Za-z](?:_[A-Za-z0-9]|_\{\w+\})?)|(?P<mark>[-+*/^(){}\[\]!]))"
+  r"\s*(?:(?P<mixed>\d+\s*\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})"
+  r"|(?P<number>\d+(?:\.\d*)?|\.\d+)|\\(?P<command>[A-Za-z]+)"
+  r"|(?P<letter>[A-Za-z](?:_[A-Za-z0-9]|_\{\w+\})?)|(?P<mark>[-+*/^(){}\[\]]))"
 )
-# `sin x` without its backslash is no product of letters.
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3}")
-_FRACTIONS = ("frac", "dfrac", "tfrac", "cfrac")
-_PRODUCTS = ("cdot", "times")
-_SUM = re.compile(r"[\w)}!]\s*[-+]")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3}")  # `abs x` is no product of letters.
+_CLOSING = {"(": ")", "{": "}", "[": "]"}
+_TEN_TO = [("number", "10"), ("mark", "^")]
+_MAX_BITS = 20_000  # of an integer: 6,000 digits
 _POINTS = 2
-_LARGEST = 1e150
-_BRACES = str.maketrans("", "", "{}")  # v_{0} is v_0
+_CONTEXT = decimal.Context(prec=60, Emax=10**9, Emin=-(10**9))
+_CONTEXT.traps[decimal.Underflow] = True
+# Relative differences of irrational values; SymPy decides about what lies between.
+_EQUAL, _DIFFERENT = Decimal("1e-40"), Decimal("1e-30")
 
-# --- What a decimal stands for ---
-
-
-def is_rounding(
-  decimal: fractions.Fraction, other: fractions.Fraction, places: int = 4
-) -> bool:
-  """Whether it is the other, rounded to so many decimals and digits or more."""
-  if abs(decimal - other) > 10**-places:
-    return False
-  least = 10 ** (places - 1)
-  exact = (k for k in range(places, 20) if (decimal * 10**k).denominator == 1)
-  unit = fractions.Fraction(1, 10 ** next(exact, 20))
-  has_digits = (decimal * least).denominator > 1 and abs(decimal) >= least * unit
-  return has_digits and abs(decimal - other) <= unit / 2
+Value = Fraction | Decimal
 
 
-def is_cut_off(decimal: fractions.Fraction, exact: float) -> bool:
-  """Whether a decimal of three places and five digits or more begins a value.
-
-  >>> [is_cut_off(fractions.Fraction(pi), math.pi) for pi in ("3.1415", "3.141")]
-  [True, False]
-  """
-  if (decimal * 100).denominator == 1 or decimal * exact < 0 or abs(exact) > 1e15:
-    return False
-  places = next((k for k in range(3, 20) if (decimal * 10**k).denominator == 1), 0)
-  digits = int(abs(decimal) * 10**places)
-  return digits >= 10**4 and digits == int(abs(exact) * 10**places)
+class _Unread(Exception):
+  """The expression is not one of those that are parsed here."""
 
 
-def is_float_noise(one: fractions.Fraction, other: fractions.Fraction) -> bool:
-  """Whether they differ as single precision does, or 0.1 + 0.2 from 0.3, or not at all.
-
-  Numbers of six decimals never do, and no double differs in its eighteenth digit.
-  """
-  if all((each * 10**6).denominator == 1 for each in (one, other)):
-    return one == other
-  return one == other or abs(other) / 10**17 < abs(one - other) < abs(other) / 10**7
+class _Refused(Exception):
+  """The expression equals nothing: numbers touch, or one has too many digits."""
 
 
-# --- What is left undone ---
+class Reading(NamedTuple):
+  """The values of an expression, and the operations in it."""
 
-_SCIENTIFIC = re.compile(r"\s*(?:\\times|\\cdot|\*)\s*10\s*(?=\^)")
-_EXPONENT = re.compile(r"\^\s*\{[^{}]*\}")
-_OPERATION = re.compile(
-  r"(?<=[\w)}!%\]])\s*(?:[-+]|\\pm\b|(?:\*|\\(?:times|cdot|ast)\b)(?!\s*\\(?:sqrt|pi)))|\d\s*\(|\)\s*[\d(]"
-  r"|\^\s*\{[^{}]*\}\s*[\d(]"
-)
-_DIVISION = re.compile(r"[/:]|\\(?:[dtc]?frac|div|over)(?![a-z])")
-# Functions that have a value once their numbers are known, brackets side by side, and a
-# division by 1+2i.
-_FUNCTION = re.compile(
-  r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?(?![A-Za-z])"
-  r"|\\(?:log|ln|lg|exp|[dt]?binom|gcd|lcm|max|min|sup|inf|lim|sum|prod|i*int|det|deg"
-  r"|[bp]?mod|lceil|lfloor|l?vert)(?![A-Za-z])|\|[^|]*\||[\d)}]\s*!|\)\s*[\d(]"
-  r"|\\[dtc]?frac\s*\{(?:[^{}]|\{[^{}]*\})*\}\s*\{[^{}]*(?<![A-Za-z])i(?![A-Za-z])"
-  r"|/\s*\(?[-+\d\s]*i(?![A-Za-z])"
-)
-_VARIABLE = re.compile(r"(?<![A-Za-z\\])(?![ei](?![A-Za-z]))[A-Za-z]")
-_LONG_DECIMAL = re.compile(r"\.\d{3}")
-
-
-def is_undone(expression: str, is_whole: bool) -> bool:
-  """Whether it is arithmetic that nobody did: a sum, a product, a quotient.
-
-  The last only where the result is whole. Powers, roots and scientific notation never.
-
-  >>> is_undone("3 + 4", True), is_undone("14/2", True), is_undone("14/3", False)
-  (True, True, False)
-  """
-  expression = _SCIENTIFIC.sub("", expression)
-  if _OPERATION.search(expression):
-    return True
-  return is_whole and bool(_DIVISION.search(_EXPONENT.sub("", expression)))
-
-
-def is_undone_function(expression: str, result: str) -> bool:
-  r"""Whether it leaves a function, where the result is a value that has none.
-
-  A result with a letter in it may have the function inside; one of three decimals may
-  be the rounding of it.
-
-  >>> is_undone_function(r"\log_2 8", "3"), is_undone_function(r"\ln 2", "0.693")
-  (True, False)
-  """
-  if not _FUNCTION.search(expression) or _FUNCTION.search(result):
-    return False
-  return not _VARIABLE.search(result) and not _LONG_DECIMAL.search(result)
-
-
-class _Unsure(Exception):
-  """The expression is not one of those that are read here."""
+  values: tuple[Value, ...]  # For each choice of the letters; () equals nothing.
+  operations: frozenset[str] = frozenset()  # Of sum, product, quotient, power, root.
+  has_letters: bool = False
 
 
 def compare(first: str, second: str) -> bool | None:
-  r"""Whether two expressions have the same value wherever their letters take one.
+  r"""Decides whether two expressions have the same value for all values of the letters.
 
-  Letters stand for fixed random numbers, `e` and `i` for theirs; two expressions that
-  agree at two points to 1e-10 are equal, two that differ by more than 1e-6 are not.
+  The letters, and `\pi` and e, take two sets of random rational values of 30 bits. Two
+  rational functions that agree at both are the same, but for a chance far below 1e-9.
 
   Returns:
-    None where one of them cannot be read, has no value there, or it is too close.
+    None where one of them cannot be parsed or has no value, and where two irrational
+    values are too close to tell.
 
-  >>> compare(r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt2}{2}"), compare("2x", "x^2")
+  >>> compare(r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"), compare("2x", "x^2")
   (True, False)
-  >>> compare(r"\sin x", "x") is None
-  True
+  >>> compare("123456789012", "123456789013"), compare("1e-400", "2e-400")
+  (False, False)
   """
-  # Where nothing cancels, a tiny value is not 0: 1/2^98.
-  smallest = 1.0 if _SUM.search(f"{first} {second}") else 1e-300
-  gaps = []
-  for ours, theirs in zip(values(first), values(second), strict=True):
-    if ours is None or theirs is None:
-      return None
-    gaps.append(abs(ours - theirs) / max(smallest, abs(ours), abs(theirs)))
-  if max(gaps) <= 1e-10:
+  ours, theirs = read(first), read(second)
+  if ours is None or theirs is None:
+    return None
+  if not ours.values or not theirs.values:
+    return False
+  for one, other in zip(ours.values, theirs.values, strict=True):
+    num_exact = isinstance(one, Fraction) + isinstance(other, Fraction)
+    if num_exact == 2:
+      if one != other:
+        return False
+      continue
+    with decimal.localcontext(_CONTEXT):
+      one, other = _decimal(one), _decimal(other)
+      difference, size = abs(one - other), max(abs(one), abs(other))
+      if one and other and difference > size * _DIFFERENT:
+        return False
+      if num_exact or difference > size * _EQUAL:
+        return None  # No number of digits proves an irrational value rational.
+  return True
+
+
+def is_undone(expression: str, result: str) -> bool:
+  r"""Whether an expression leaves work undone where the result is a constant.
+
+  Where the result is a plain number, sums and products are undone, and so is a quotient
+  that is a whole number; powers, roots and scientific notation are not. Functions are
+  always undone: they are not parsed here.
+
+  >>> is_undone("3 + 4", "7"), is_undone("14/2", "7"), is_undone("2^{10}", "1024")
+  (True, True, False)
+  >>> is_undone(r"\log_2 8", "3"), is_undone(r"\log_2 8", "x")
+  (True, False)
+  """
+  ours, theirs = read(expression), read(result)
+  if theirs is None or theirs.has_letters:
+    return False
+  if ours is None:
     return True
-  return False if max(gaps) > 1e-6 else None
+  if len(set(theirs.values)) > 1 or not theirs.operations <= {"quotient"}:
+    return False  # Of 2\pi, 3\sqrt{2}
+  is_whole = all(value == int(value) for value in ours.values)
+  return bool(ours.operations & {"sum", "product", "quotient" if is_whole else ""})
 
 
-def compare_equations(first: str, second: str) -> bool | None:
-  """Whether left minus right of one equation is always a multiple of the other's.
-
-  >>> compare_equations("x - 2y = 3", "4y + 6 = 2x"), compare_equations("x=1", "y=1")
-  (True, False)
-  >>> compare_equations("x = y = 1", "x = 1") is None
-  True
-  """
-  ratios = []
-  sides = [equation.split("=") for equation in (first, second)]
-  if not all(len(each) == 2 for each in sides):
-    return None
-  ours, theirs = (f"({left})-({right})" for left, right in sides)
-  for one, other in zip(values(ours), values(theirs), strict=True):
-    if one is None or other is None or abs(other) < 1e-6:
-      return None
-    ratios.append(one / other)
-  gap = abs(ratios[0] - ratios[1]) / max(1.0, abs(ratios[0]))
-  return (gap < 1e-9 and abs(ratios[0]) > 1e-6) if not 1e-9 <= gap <= 1e-6 else None
-
-
-@functools.lru_cache(maxsize=4096)
-def values(text: str) -> tuple[complex | None, ...]:
-  """The value at every point, None where there is none."""
-  return tuple(_value(text, point) for point in range(_POINTS))
-
-
-def _value(text: str, point: int) -> complex | None:
+@functools.lru_cache(maxsize=8192)
+def read(text: str) -> Reading | None:
+  """Evaluates an expression; None where it cannot be parsed here or has no value."""
+  text = text.strip()
+  if _PLAIN.fullmatch(text):
+    return Reading((Fraction(text.replace(" ", "")),) * _POINTS)
   try:
-    parser = _Parser(text, point)
-    value = complex(parser.sum())
-  except (_Unsure, ArithmeticError, ValueError, RecursionError):
+    with decimal.localcontext(_CONTEXT):
+      parsers = [_Parser(text, point) for point in range(_POINTS)]
+      values = tuple(parser.whole() for parser in parsers)
+  except (_Unread, ArithmeticError, RecursionError):
     return None
-  is_fit = abs(value.real) < _LARGEST and abs(value.imag) < _LARGEST
-  return value if is_fit and parser.at_end() else None
+  except _Refused:
+    return Reading(())
+  return Reading(values, frozenset(parsers[0].operations), parsers[0].has_letters)
 
 
 @functools.cache
-def _letter(name: str, point: int) -> complex:
-  """The number that a letter stands for."""
-  if name in ("e", "i"):
-    return {"e": math.e, "i": 1j}[name]
-  return random.Random(f"{name} {point}").uniform(0.6, 2.4)
+def _value_of_letter(name: str, point: int) -> Fraction:
+  """A random value: positive, so that sqrt(x^2) is x. pi and e are letters too."""
+  numerator = random.Random(f"{name} {point}").randrange(6 * 10**8, 24 * 10**8)
+  return Fraction(numerator, 10**9 + 7)
+
+
+def _decimal(value: Value) -> Decimal:
+  if isinstance(value, Decimal):
+    return value
+  return Decimal(value.numerator) / Decimal(value.denominator)
+
+
+def _bits(value: Fraction) -> int:
+  return max(value.numerator.bit_length(), value.denominator.bit_length())
+
+
+def _power(base: Value, exponent: Value) -> Value:
+  """A power, exact where base, exponent and result are rational."""
+  if isinstance(base, Fraction) and isinstance(exponent, Fraction):
+    power, index = exponent.numerator, exponent.denominator
+    if index > 1 and base < 0:
+      raise _Unread  # The real root, or the principal one?
+    root = base if index == 1 else _exact_root(base, index)
+    if root is not None and (_bits(root) - 1) * abs(power) > _MAX_BITS:
+      raise _Refused
+    if root is not None:
+      return root**power
+  return _decimal(base) ** _decimal(exponent)
+
+
+def _exact_root(value: Fraction, index: int) -> Fraction | None:
+  """The root of a rational number, None where that is irrational or has 60 digits."""
+  top, bottom = (
+    round(Decimal(each) ** (1 / Decimal(index)))
+    for each in (value.numerator, value.denominator)
+  )
+  return Fraction(top, bottom) if Fraction(top, bottom) ** index == value else None
+
+
+def _mixed(token: str) -> Fraction:
+  whole, top, bottom = map(int, re.findall(r"\d+", token))
+  if top >= bottom:
+    raise _Refused
+  return whole + Fraction(top, bottom)
 
 
 class _Parser:
-  """Recursive descent; every method reads its part and gives its value."""
+  """Recursive descent; each method parses its part and returns the value."""
 
   def __init__(self, text: str, point: int):
+    self.operations, self.has_letters = set(), False
     self._point, self._place, self._tokens = point, 0, []
-    end = 0
-    text = text.strip()
     if _WORD.search(text):
-      raise _Unsure
+      raise _Unread
+    end = 0
     while end < len(text):
       match = _TOKEN.match(text, end)
       if match is None:
-        raise _Unsure
+        raise _Unread
       self._tokens.append((match.lastgroup, match[match.lastgroup]))
       end = match.end()
 
-  def at_end(self) -> bool:
-    return self._place == len(self._tokens)
+  def whole(self) -> Value:
+    value = self._sum()
+    if self._place < len(self._tokens):
+      raise _Unread
+    return value
 
-  def sum(self) -> complex:
+  def _sum(self) -> Value:
     total = self._product()
-    while (sign := self._take("mark", "+", "-")) is not None:
-      value = self._product()
-      total = total + value if sign == "+" else total - value
+    while sign := self._take("mark", "+", "-"):
+      operation = operator.add if sign == "+" else operator.sub
+      total = self._apply("sum", operation, total, self._product())
     return total
 
-  def _product(self) -> complex:
-    value = self._signed()
-    divided = False
+  def _product(self) -> Value:
+    value, divided = self._signed(), False
     while True:
       kind, token = self._next()
-      if self._take("mark", "*") or self._take("command", *_PRODUCTS):
-        value, divided = value * self._signed(), False
+      if self._take("mark", "*") or self._take("command", "cdot", "times"):
+        is_scientific = self._tokens[self._place :][:2] == _TEN_TO
+        name = "power" if is_scientific else "product"
+        value, divided = self._apply(name, operator.mul, value, self._signed()), False
       elif self._take("mark", "/"):
-        value, divided = value / self._signed(), True
+        value = self._apply("quotient", operator.truediv, value, self._signed())
+        divided = True
       elif kind in ("letter", "command") or token in ("(", "{"):
-        # What 1/2x means is a matter of taste.
         if divided:
-          raise _Unsure
-        value = value * self._power()
+          raise _Unread  # 1/2x is x/2 or 1/(2x).
+        value = self._apply("product", operator.mul, value, self._powered())
       else:
         return value
 
-  def _signed(self) -> complex:
+  def _signed(self) -> Value:
     sign = self._take("mark", "+", "-")
-    if sign is None:
-      return self._power()
-    value = self._power()
+    value = self._powered()
     return -value if sign == "-" else value
 
-  def _power(self) -> complex:
+  def _powered(self) -> Value:
     base = self._primary()
-    while self._take("mark", "!"):
-      if not (base == int(base.real) and 0 <= base.real <= 100):
-        raise _Unsure
-      base = math.factorial(int(base.real))
     if not self._take("mark", "^"):
       return base
-    kind, token = self._next()
-    if kind == "number" and len(token) > 1:
-      raise _Unsure  # LaTeX reads x^10 as x^1 times 0, people do not.
-    exponent = self._signed() if token == "-" else self._primary()
+    # x^10 is x^{10}, though LaTeX sets it as x^1 0.
+    exponent = self._signed() if self._next()[1] == "-" else self._primary()
     if self._next()[1] == "^":
-      raise _Unsure
-    return base**exponent
+      raise _Unread
+    return self._apply("power", _power, base, exponent)
 
-  def _primary(self) -> complex:
+  def _primary(self) -> Value:
     kind, token = self._next()
     self._place += 1
-    if kind == "number":
-      if self._next()[0] == "number" or self._next()[1] in _FRACTIONS:
-        raise _Unsure  # 3\frac12 is a mixed number or a product.
-      return float(token)
-    if kind == "letter":
-      if token in "fgh" and self._next()[1] == "(":
-        raise _Unsure  # A function, not a product.
-      return _letter(token.translate(_BRACES), self._point)
+    if kind in ("number", "mixed"):
+      if self._next()[0] in ("number", "mixed"):
+        raise _Refused
+      return Fraction(token) if kind == "number" else _mixed(token)
     if token in ("(", "{"):
       return self._closed(token)
-    if kind == "command" and token in _FRACTIONS:
-      top = self._argument()
-      return top / self._argument()
-    if kind == "command" and token == "sqrt":
-      root = 2.0
-      if self._take("mark", "["):
-        root = self._closed("[")
-      radicand = self._argument()
-      if root != 2.0 and not (radicand.imag == 0 and radicand.real >= 0):
-        raise _Unsure  # The real root or the principal one.
-      return radicand ** (1 / root)
-    if kind == "command" and token == "pi":
-      return math.pi
-    raise _Unsure
+    if (kind, token) == ("command", "frac"):
+      top = self._closed(self._take("mark", "{"))
+      bottom = self._closed(self._take("mark", "{"))
+      return self._apply("quotient", operator.truediv, top, bottom)
+    if (kind, token) == ("command", "sqrt"):
+      index = self._closed("[") if self._take("mark", "[") else Fraction(2)
+      radicand = self._closed(self._take("mark", "{", "("))
+      return self._apply("root", _power, radicand, 1 / index)
+    if token == "i" or (token in ("f", "g", "h") and self._next()[1] == "("):
+      raise _Unread  # The imaginary unit; a function, not a product.
+    if token == "pi" or kind == "letter":
+      self.has_letters |= token not in ("pi", "e")
+      return _value_of_letter(token, self._point)
+    raise _Unread
 
-  def _argument(self) -> complex:
-    """`{…}`, `\\pi`, or one digit of a run of them: the 1 and the 2 of `\\frac12`."""
-    if self._take("mark", "{"):
-      return self._closed("{")
-    if self._take("command", "pi"):
-      return math.pi
-    kind, token = self._next()
-    if kind != "number" or "." in token:
-      raise _Unsure
-    self._tokens[self._place : self._place + 1] = [("number", d) for d in token]
-    self._place += 1
-    return float(token[0])
+  def _closed(self, opening: str | None) -> Value:
+    value = self._sum() if opening else None
+    if not opening or not self._take("mark", _CLOSING[opening]):
+      raise _Unread
+    return value
 
-  def _closed(self, opening: str) -> complex:
-    value = self.sum()
-    if not self._take("mark", {"(": ")", "{": "}", "[": "]"}[opening]):
-      raise _Unsure
+  def _apply(self, name: str, operation: Callable, left: Value, right: Value) -> Value:
+    self.operations.add(name)
+    if operation is not _power and type(left) is not type(right):
+      left, right = _decimal(left), _decimal(right)
+    value = operation(left, right)
+    if isinstance(value, Fraction) and _bits(value) > _MAX_BITS:
+      raise _Unread if self.has_letters else _Refused
     return value
 
   def _next(self) -> tuple[str | None, str | None]:
