@@ -6,7 +6,7 @@ import os
 import pytest
 
 from opo_jax.__main__ import main
-from opo_jax.commands import compare_data
+from opo_jax.commands.data import compare_data
 from opo_jax.data import decontaminate, selection
 from opo_jax.data.prompts import Problem
 
