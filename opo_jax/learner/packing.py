@@ -43,7 +43,7 @@ and rollout 3 has no gradient. P is 4, T is 8.
                  segment_ids    1   1   1   1   2   2   2   0
     columns      of row 0: 3 4 5    of row 1: 2 3 6
 
-Shape letters besides those of `opo_jax/__init__.py`: a micro-batch has B rows of W
+Shape letters, as in `opo_jax/__init__.py`: a micro-batch has B rows of W
 columns, of which up to U hold response tokens, and C prompts, each of B / C rows.
 """
 
