@@ -246,7 +246,7 @@ class _Candidate(NamedTuple):
   """Rows cut into micro-batches: one way to compute the pieces.
 
   Attributes:
-    rows: of which it is made.
+    rows: its rows.
     rows_per_entry: rows that share a prompt; 1 where prompts are repeated.
     entries: of a micro-batch.
     micro_batches: [optimiser steps] that each needs.
