@@ -2,9 +2,9 @@
 
     python benchmarks/imports.py [--repeats 5]
 
-Each figure comes from a process of its own (`python -X importtime`): the cumulative time
-of the module, and the part of it that `import jax` and `import jax.numpy`
-took. The minimum of several runs counts, since a busy machine only adds time. The limit
+Each figure comes from a process of its own (`python -X importtime`): the cumulative
+time of the module, and the part of it that `import jax` and `import jax.numpy` took.
+The minimum of several runs counts, since a busy machine only adds time. The limit
 is JAX plus 200 ms; the script exits with 1 above it.
 """
 
