@@ -346,7 +346,7 @@ def _is_undone(ours: str, theirs: str) -> bool:
   if numeric.is_undone(ours, theirs):
     return True
   is_number = re.search(r"(?<![A-Za-z\\])i(?![A-Za-z])", theirs) and "(" not in theirs
-  return bool(is_number and _COMPLEX_WORK.search(ours))
+  return bool(is_number and _COMPLEX_WORK.search(ours.strip("()")))
 
 
 _DECIMAL = re.compile(r"(\d*)\.(\d+)")
