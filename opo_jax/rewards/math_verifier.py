@@ -314,7 +314,7 @@ def _with_both_signs(elements: list[str]) -> list[str]:
 _IN_BASE = re.compile(r"(-?\d[\dA-F.]*)_\{?\w+\}?")
 # (1+2i)(3-i), |3+4i| and \frac{1}{1+i} are work left undone; (1+i)/2 is not.
 _COMPLEX_WORK = re.compile(
-  r"[(|]|\\(?!(?:frac|sqrt|pi|cdot)(?![a-z]))[a-z]|\}\s*\{[^{}]*i[^{}]*\}|/[^/]*i"
+  r"[()|]|\\(?!(?:frac|sqrt|pi|cdot)(?![a-z]))[a-z]|\}\s*\{[^{}]*i[^{}]*\}|/[^/]*i"
 )
 
 
