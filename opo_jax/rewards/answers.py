@@ -106,7 +106,7 @@ def final_answer(response: str) -> str | None:
     before = text[max(0, span.start - 60) : span.start]
     if _SIGNED.search(before) or _DENIED.search(before.rpartition("\n")[2]):
       return None
-  return span.answer.strip() or None
+  return span.answer.strip("* \t\n") or None  # "**Answer: 4**"
 
 
 def boxed(text: str) -> str | None:

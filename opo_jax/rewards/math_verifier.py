@@ -314,7 +314,7 @@ def _with_both_signs(elements: list[str]) -> list[str]:
 _IN_BASE = re.compile(r"(-?\d[\dA-F.]*)_\{?\w+\}?")
 # (1+2i)(3-i), |3+4i| and \frac{1}{1+i} are work left undone; (1+i)/2 is not.
 _COMPLEX_WORK = re.compile(
-  r"[(|]|\\(?!(?:frac|sqrt|pi|cdot)(?![a-z]))[a-z]|\}\s*\{[^{}]*i[^{}]*\}|/[^/]*i"
+  r"[()|]|\\(?!(?:frac|sqrt|pi|cdot)(?![a-z]))[a-z]|\}\s*\{[^{}]*i[^{}]*\}|/[^/]*i"
 )
 
 
@@ -346,7 +346,7 @@ def _is_undone(ours: str, theirs: str) -> bool:
   if numeric.is_undone(ours, theirs):
     return True
   is_number = re.search(r"(?<![A-Za-z\\])i(?![A-Za-z])", theirs) and "(" not in theirs
-  return bool(is_number and _COMPLEX_WORK.search(ours))
+  return bool(is_number and _COMPLEX_WORK.search(ours.strip("()")))
 
 
 _DECIMAL = re.compile(r"(\d*)\.(\d+)")
