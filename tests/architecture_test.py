@@ -95,7 +95,7 @@ planning.plan: build config devices models planning.hlo planning.jaxpr planning.
 planning.programs: build config devices learner models rollouts sampler
 planning.replication: planning.hlo planning.jaxpr
 planning.search: config planning.plan planning.topologies
-planning.simulation: sampler.decoding
+planning.simulation: sampler.schedule
 planning.topologies: config
 problems: config data devices.distributed
 protocols: data.prompts learner rollouts sampler scorer
