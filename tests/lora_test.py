@@ -369,8 +369,7 @@ def test_exported_policy_has_the_adapters_merged_in(run, tmp_path):
   arguments = ["export", str(run), str(tmp_path / "out")]
   assert command_line.main(arguments) == 0
   exported = models.load(tmp_path / "out")
-  with Run(small_config(), run) as parts:
-    trained = load_policy(parts)
+  trained = load_policy(Run(small_config(), run))
   merged = kernels(lora.merge(trained))
   for name, kernel in kernels(exported).items():
     np.testing.assert_array_equal(kernel, merged[name])
@@ -390,8 +389,7 @@ def test_exported_adapter_has_pefts_names_and_shapes_and_its_base_beside_it(
   assert config["base_model_name_or_path"] == str(out / "base")
   tensors = load_file(out / "adapter_model.safetensors")
   assert len(tensors) == 2 * 2 * 2
-  with Run(small_config(), run) as parts:
-    trained = load_policy(parts)
+  trained = load_policy(Run(small_config(), run))
   found = dict(lora.adapters(trained))
   prefix = "base_model.model.model.layers.1"
   np.testing.assert_array_equal(
