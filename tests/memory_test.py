@@ -102,7 +102,8 @@ def test_the_program_whose_memory_is_told_is_the_one_that_runs():
   told = memory.of(learner.memory(state, *batch))
   state, _ = learner.update(state, *batch)
   jax.block_until_ready(state)
-  assert compiled == ["jit(_weigh)", "jit(_update)"], "once, and nothing besides"
+  programs = [name for name in compiled if name != "jit(stage)"]  # JAX's own transfer
+  assert programs == ["jit(compute_advantages)", "jit(optimizer_steps)"], compiled
   # The state lies on eight devices; gradients come on top of it.
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
   assert size / 8 < told.arguments < size
