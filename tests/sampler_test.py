@@ -55,16 +55,21 @@ EOS = (0, 2)
 def policy(sizes=None, num_layers=2):
   """The same weights on a mesh of these sizes."""
   config = dataclasses.replace(CONFIG, num_layers=num_layers)
-  key = jax.random.key(1)
   if sizes is None:
-    return Policy(config, key, eos_ids=EOS)
-  mesh = mesh_of(*sizes)
+    return Policy(config, jax.random.key(1), eos_ids=EOS)
+  fresh, layout = functools.partial(fresh_policy, sizes), abstract_policy(sizes)
+  layout = jax.tree.map(lambda leaf: leaf.sharding, layout)
+  return jax.jit(fresh, out_shardings=layout)(jax.random.key(1))
 
-  def fresh(key):
-    return Policy(config, key, eos_ids=EOS, mesh=mesh)
 
-  layout = sharding.tree_shardings(jax.eval_shape(fresh, key), mesh)
-  return jax.jit(fresh, out_shardings=layout)(key)
+def fresh_policy(sizes, key):
+  return Policy(CONFIG, key, eos_ids=EOS, mesh=mesh_of(*sizes))
+
+
+def abstract_policy(sizes):
+  """Shapes and layout of `policy(sizes)`."""
+  shapes = jax.eval_shape(functools.partial(fresh_policy, sizes), jax.random.key(1))
+  return sharding.abstract(shapes, sharding.tree_shardings(shapes, shapes.mesh))
 
 
 def mesh_of(*sizes):
@@ -361,6 +366,12 @@ def test_rollouts_do_not_depend_on_the_mesh(rollouts, sizes):
   assert rows_of(sample(policy(sizes))) == rows_of(rollouts)
 
 
+def test_gathered_weights_change_no_rollout(rollouts):
+  for gather in (True, False):
+    sharded = sample(policy((1, 4, 2)), gather_weights=gather)
+    assert rows_of(sharded) == rows_of(rollouts)
+
+
 @pytest.mark.parametrize(
   "sizes", [(2, 1, 2), pytest.param((4, 1, 1), marks=pytest.mark.slow)]
 )
@@ -403,13 +414,34 @@ def test_responses_reported_early_are_rows_of_the_batch_and_change_none(
     np.testing.assert_array_equal(early[real], whole[rows[real]], err_msg=name)
 
 
-def started(policy, *, slots, **options):
-  """4 x 6 rollouts, prefilled."""
-  params = SamplingParams(max_new_tokens=64, samples_per_prompt=6, eos_ids=EOS)
-  return JaxSampler(slots=slots, **options)._start(policy, PROMPTS, params, 3)
-
-
 # --- memory -------------------------------------------------------------------------
+
+
+def started(policy, *, slots):
+  """4 x 6 rollouts, prefilled."""
+  params = SamplingParams(max_new_tokens=64, samples_per_prompt=6)
+  return JaxSampler(slots=slots)._start(policy, PROMPTS, params, 3)
+
+
+@pytest.mark.parametrize("slots", [16, 24], ids=["refill", "in groups"])
+def test_keys_and_values_are_written_in_place(slots):
+  """A copy of the ring would be 1 to 2 times its size; one layer's is an eighth."""
+  rows = started(policy(num_layers=8), slots=slots)
+  assert rows.in_groups == (slots == 24)
+  program = decoding.decode.lower(
+    rows.slots,
+    rows.responses,
+    rows.policy,
+    rows.prompts,
+    rows.queue,
+    rows.params,
+    jnp.int32(1),
+    rows.in_groups,
+  )
+  memory = program.compile().memory_analysis()
+  ring = 2 * rows.slots.keys.nbytes
+  assert memory.alias_size_in_bytes > ring, "donated, and returned"
+  assert memory.temp_size_in_bytes < ring / 3
 
 
 def test_nothing_of_slots_times_vocabulary_is_kept():
@@ -464,8 +496,7 @@ def test_the_number_of_slots_is_chosen_once(monkeypatch):
 
 def test_planned_slots_are_those_that_a_run_takes(monkeypatch):
   """A run asks for free memory when the sampler's weights exist."""
-  model, taken = policy((1, 4, 2)), []
-  abstract = sharding.abstract(model, jax.tree.map(lambda leaf: leaf.sharding, model))
+  sizes, taken, slots = (1, 4, 2), [], {}
   params = SamplingParams(max_new_tokens=8, samples_per_prompt=64)
   gather = prefill.sampling_weights
 
@@ -474,24 +505,22 @@ def test_planned_slots_are_those_that_a_run_takes(monkeypatch):
     taken.append(sharding.share_bytes(weights))
     return weights
 
-  monkeypatch.setattr(prefill, "sampling_weights", counted)
-  slots = {}
+  # What a run would prefill and decode: its slots only.
+  monkeypatch.setattr(batch, "Batch", lambda *_, num_slots, **rest: num_slots)
   for total in (24_000, 60_000, 90_000):
-    monkeypatch.setattr(prefill, "sampling_weights", gather)
     programs = JaxSampler().lower(
-      abstract, params, num_prompts=4, prompt_tokens=6, free_bytes=total
+      abstract_policy(sizes), params, num_prompts=4, prompt_tokens=6, free_bytes=total
     )
     assert [each.name for each in programs] == ["reshard", "prefill", "decode"]
     taken.clear()
-    monkeypatch.setattr(prefill, "sampling_weights", counted)
-    monkeypatch.setattr(
-      sharding, "free_bytes", lambda mesh, total=total: total - sum(taken)
-    )
-    engine._slots_that_fit.cache_clear()
-    rows = JaxSampler()._start(model, PROMPTS, params, 0)
-    engine._slots_that_fit.cache_clear()
+    with monkeypatch.context() as patch:
+      patch.setattr(prefill, "sampling_weights", counted)
+      patch.setattr(sharding, "free_bytes", lambda mesh, n=total: n - sum(taken))
+      engine._slots_that_fit.cache_clear()
+      run = JaxSampler()._start(policy(sizes), PROMPTS, params, 0)
+      engine._slots_that_fit.cache_clear()
     assert taken
-    slots[total] = programs[-1].slots, 4 * rows.num_slots
+    slots[total] = programs[-1].slots, 4 * run
   assert all(planned == run < 256 for planned, run in slots.values()), slots
   assert len(set(slots.values())) > 1
 
@@ -593,23 +622,28 @@ def test_both_logprobs_are_there_where_a_filter_makes_them_differ(rollouts):
   assert rollouts.filtered and not unfiltered.filtered
 
 
+NUM_DRAWS = 50_000
+
+
+@jax.jit
+def draw(logits):
+  """One token from each of NUM_DRAWS rows."""
+  keys = jax.random.split(jax.random.key(1), NUM_DRAWS)
+  return tokens.sample_token(logits, keys, SamplingParams(max_new_tokens=1))[:2]
+
+
 @pytest.mark.parametrize("vocab_size", [320, 300], ids=["whole blocks", "padded"])
 def test_tokens_of_several_blocks_have_the_probabilities(vocab_size):
   """Every third token is impossible, whole blocks among them."""
   assert 4 <= tokens._block_size(vocab_size) <= 20
   logits = np.array(1.5 * jax.random.normal(jax.random.key(0), (vocab_size,)))
   logits[::3], logits[40:80] = -np.inf, -np.inf
-  num_draws = 100_000
-  sampled, logprobs, _ = jax.jit(tokens.sample_token)(
-    jnp.broadcast_to(jnp.array(logits), (num_draws, vocab_size)),
-    jax.random.split(jax.random.key(1), num_draws),
-    SamplingParams(max_new_tokens=1),
-  )
+  sampled, logprobs = draw(np.broadcast_to(logits, (NUM_DRAWS, vocab_size)))
   expected = np.exp(logits - logits.max()).astype(np.float64)
-  expected *= num_draws / expected.sum()
+  expected *= NUM_DRAWS / expected.sum()
   observed = np.bincount(sampled, minlength=vocab_size)
   assert not observed[expected == 0].any()
-  np.testing.assert_allclose(np.exp(logprobs), expected[sampled] / num_draws, rtol=1e-4)
+  np.testing.assert_allclose(np.exp(logprobs), expected[sampled] / NUM_DRAWS, rtol=1e-4)
   likely = expected > 5
   cells = likely.sum()
   statistic = ((observed - expected) ** 2 / np.maximum(expected, 1e-9))[likely].sum()
@@ -618,13 +652,9 @@ def test_tokens_of_several_blocks_have_the_probabilities(vocab_size):
 
 
 def test_one_token_that_is_left_is_sampled_and_nan_logits_give_no_padding():
-  logits = np.full((2, 300), -np.inf, np.float32)
-  logits[0, 299], logits[1] = 0.0, np.nan
-  sampled, logprobs, _ = jax.jit(tokens.sample_token)(
-    jnp.array(logits),
-    jax.random.split(jax.random.key(0), 2),
-    SamplingParams(max_new_tokens=1),
-  )
+  logits = np.full((NUM_DRAWS, 300), -np.inf, np.float32)
+  logits[:, 299], logits[1] = 0.0, np.nan
+  sampled, logprobs = draw(logits)
   assert sampled[0] == 299 and logprobs[0] == 0
   assert sampled[1] < 300 and np.isnan(logprobs[1])
 
@@ -724,59 +754,39 @@ def test_sampling_params_are_values():
   assert found == [(True, False, False), *[filtered] * 3, (False, False, True)]
 
 
-# --- compiled code. Last, since reading it drops all compiled programs -------------
-
-
-def decode_program(rows):
-  """The decode loop that a batch would run, compiled."""
-  program = decoding.decode.lower(
-    rows.slots,
-    rows.responses,
-    rows.policy,
-    rows.prompts,
-    rows.queue,
-    rows.params,
-    jnp.int32(1),
-    rows.in_groups,
-  )
-  return program.compile()
-
-
-@pytest.mark.parametrize("slots", [16, 24], ids=["refill", "in groups"])
-def test_keys_and_values_are_written_in_place(slots):
-  """A copy of the ring would be 1 to 2 times its size; one layer's is an eighth."""
-  rows = started(policy(num_layers=8), slots=slots)
-  assert rows.in_groups == (slots == 24)
-  memory, ring = decode_program(rows).memory_analysis(), 2 * rows.slots.keys.nbytes
-  assert memory.alias_size_in_bytes > ring, "donated, and returned"
-  assert memory.temp_size_in_bytes < ring / 3
+# --- compiled code; last, since reading it drops all compiled programs ---------------
 
 
 @pytest.mark.usefixtures("no_compilation_cache")
-def test_gathered_weights_change_no_rollout_and_save_the_gathering_of_every_token():
-  model, rows, sizes = policy((1, 4, 2)), {}, {}
-  for gathered in (True, False):
-    each = started(model, slots=8, gather_weights=gathered)
-    text = decode_program(each).as_text()
-    sizes[gathered] = hlo.traffic(text, dict(model.mesh.shape)).collective_bytes
-    while each.decode():
-      pass
-    rows[gathered] = rows_of(each.rollouts(0))
-  assert rows[True] == rows[False]
-  assert 10 * sum(sizes[True].values()) < sum(sizes[False].values())
+def test_gathered_weights_save_the_gathering_of_every_token():
+  gathered, each = (
+    hlo.traffic(decode_text((1, 4, 2), gather_weights=gather), AXES).collective_bytes
+    for gather in (True, False)
+  )
+  assert 10 * sum(gathered.values()) < sum(each.values())
   # Over fsdp, whole weights leave the counting of busy slots, a few numbers.
-  once = sizes[True].items()
-  assert sum(size for axes, size in once if "fsdp" in axes) < 400
+  assert sum(size for axes, size in gathered.items() if "fsdp" in axes) < 400
 
 
 @pytest.mark.usefixtures("no_compilation_cache")
-@pytest.mark.parametrize("slots", [16, 24], ids=["refill", "in groups"])
-def test_devices_exchange_no_keys_and_no_rollouts(slots):
-  """Only scalars: the busy slots, the longest response, whether rows are left."""
-  rows = started(policy((4, 1, 1)), slots=slots)
-  assert rows.in_groups == (slots == 24)
-  exchanged = re.findall(
-    r"= (\S+) (?:all-gather|all-to-all|all-reduce|collective-permute)(?:-start)?\(",
-    decode_program(rows).as_text(),
+def test_devices_exchange_no_keys_and_no_rollouts():
+  """Only a few scalars: whether anybody is still busy, and how long responses are."""
+  for slots in (16, 24):  # with refill; in groups
+    exchanged = re.findall(
+      r"= (.+) (?:all-gather|all-to-all|all-reduce|collective-permute)(?:-start)?\(",
+      decode_text((4, 1, 1), slots=slots),
+    )
+    shapes = set(re.findall(r"\w+\[[\d,]*\]", " ".join(exchanged)))
+    assert shapes and shapes <= {"pred[]", "s32[]"}, slots
+
+
+AXES = {"data": 1, "fsdp": 4, "tensor": 2}
+
+
+def decode_text(sizes, slots=8, **options):
+  """The compiled decode loop of 4 x 6 rollouts."""
+  params = SamplingParams(max_new_tokens=64, samples_per_prompt=6)
+  *_, decode = JaxSampler(slots=slots, **options).lower(
+    abstract_policy(sizes), params, num_prompts=4, prompt_tokens=7
   )
-  assert {"pred[]"} <= set(exchanged) <= {"pred[]", "s32[]"}
+  return decode.traced.lower().compile().as_text()
