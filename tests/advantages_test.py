@@ -299,7 +299,7 @@ def test_opo_of_very_long_responses_and_baselines_of_huge_weights_stay_exact():
   # A row without weight does not count; a group without any sees its own rewards.
   found = baseline([1.0, 3.0, 5.0], [0.0, 2.0, 0.0], [0, 0, 1])
   assert found.tolist() == [3.0, 3.0, 5.0]
-  # It is not read where nobody could score it.
+  # The reward of an unscorable row is not read.
   found = baseline([2.0, np.nan, 7.0], np.zeros(3), np.zeros(3), [True, True, False])
   assert found.tolist() == [2.0, 0.0, 0.0]
 
@@ -328,7 +328,7 @@ _optimal_token = jax.jit(functools.partial(optimal_token, num_groups=NUM_GROUPS)
 
 @st.composite
 def token_batches(draw):
-  """(rewards, energy, mask, ids, valid): holes, empty rows, NaN where nobody looks."""
+  """(rewards, energy, mask, ids, valid): holes, empty rows, NaN behind the mask."""
   rewards, _, ids, valid = draw(batches())
   seed = draw(st.integers(0, 2**16))
   rng = np.random.default_rng(seed)
@@ -523,7 +523,7 @@ def test_names_of_groups_do_not_matter():
 
 @few
 @given(batch=batches(), garbage=st.sampled_from([np.nan, np.inf, -np.inf, 1e30]))
-def test_row_that_does_not_count_moves_nobody(batch, garbage):
+def test_row_that_does_not_count_changes_no_other(batch, garbage):
   rewards, lengths, ids, valid = batch
   counts = valid & (lengths > 0)
   with_garbage = run(np.where(counts, rewards, garbage), lengths, ids, valid)

@@ -416,12 +416,12 @@ def test_build_refuses_a_kernel_that_this_machine_has_not():
     )
 
 
-# --- machines that are not there -----------------------------------------------------
+# --- absent machines -----------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_cudnn_is_called_forward_and_backward_on_nvidia(case, monkeypatch):
-  """As far as one comes without a GPU: the program that XLA would hand to cuDNN."""
+  """Without a GPU, only the program that XLA would pass to cuDNN can be checked."""
   from jax._src.cudnn import fused_attention_stablehlo
 
   monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)

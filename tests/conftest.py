@@ -15,6 +15,9 @@ if version("jaxlib").startswith("0.10."):
   # half of that. jaxlib 0.12 has no such flag, and XLA aborts on an unknown one.
   # Processes that tests start with XLA_FLAGS of their own compile as a user's do.
   os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# LLVM optimises nothing: a test compiles a program for one short run. What
+# XLA itself makes of it (fusion, memory, collectives) does not depend on this.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
@@ -47,6 +50,18 @@ def pytest_configure(config):
     shutil.rmtree(_programs)
 
 
+# The files that take longest, which start first: the workers then end together.
+_LONGEST = (
+  *("sampler", "learner", "models", "reward_model", "loop", "planning", "attention"),
+  *("variance", "lora", "docs", "logprobs", "eval_command", "pool", "sharding"),
+)
+
+
+def pytest_collection_modifyitems(items):
+  order = {f"{name}_test": i for i, name in enumerate(_LONGEST)}
+  items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _free_compiled_programs():
   """Frees a module's compiled programs after its last test.
@@ -64,7 +79,7 @@ def _free_compiled_programs():
 
 @pytest.fixture
 def no_compilation_cache():
-  """Compiles every program of a test anew, none read from memory or from the cache.
+  """Compiles every program of a test anew and as users' are, with all optimisations.
 
   For tests that read a compiled program's text: `as_text` of a program read from the
   cache differs. Memory analysis, donation and results are the same.
@@ -72,15 +87,21 @@ def no_compilation_cache():
   import jax
   from jax.experimental.compilation_cache import compilation_cache
 
-  def use_cache(value):
-    jax.config.update("jax_enable_compilation_cache", value)
+  settings = {
+    "jax_enable_compilation_cache": False,
+    "jax_disable_most_optimizations": False,
+  }
+  before = {name: jax.config.values[name] for name in settings}
+
+  def use(settings):
+    for name, value in settings.items():
+      jax.config.update(name, value)
     compilation_cache.reset_cache()  # JAX keeps its first decision until then
 
-  before = jax.config.jax_enable_compilation_cache
   jax.clear_caches()
-  use_cache(False)
+  use(settings)
   yield
-  use_cache(before)
+  use(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

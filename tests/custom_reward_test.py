@@ -1,4 +1,4 @@
-"""A person's own reward is found by name, runs under the limits, and may fail."""
+"""A user's own reward is found by name, runs under the limits, and may fail."""
 
 import dataclasses
 import sys

@@ -45,9 +45,7 @@ def machine(monkeypatch):
   return has
 
 
-def test_a_gpu_that_will_be_used_gets_its_flags_and_a_persons_own_win(
-  machine, monkeypatch
-):
+def test_a_gpu_gets_its_flags_and_the_users_own_take_precedence(machine, monkeypatch):
   name = "--xla_gpu_enable_latency_hiding_scheduler"
   monkeypatch.setenv("XLA_FLAGS", f"{name}=false --xla_gpu_autotune_level=0")
   environment.prepare()
@@ -70,7 +68,7 @@ def test_flags_stay_as_they_are_where_no_gpu_will_be_used(
 
 
 def kept_in(monkeypatch, tmp_path, **variables):
-  """Where programs are kept, of a person with these variables."""
+  """The cache directory of a user with these environment variables."""
   for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"):
     monkeypatch.setenv(name, "")  # so that what is set below is undone after the test
     monkeypatch.delenv(name)
@@ -81,7 +79,7 @@ def kept_in(monkeypatch, tmp_path, **variables):
   return os.environ.get("JAX_COMPILATION_CACHE_DIR")
 
 
-def test_programs_are_kept_in_the_users_cache_unless_a_person_says_otherwise(
+def test_programs_are_cached_in_the_users_directory_unless_set_otherwise(
   monkeypatch, tmp_path
 ):
   default = kept_in(monkeypatch, tmp_path)

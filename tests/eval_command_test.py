@@ -32,7 +32,7 @@ def run_command(*arguments):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A run of two steps that nobody trained: weights a little larger at each."""
+  """A run of two untrained steps: each scales the weights by 1.5."""
   directory = tmp_path_factory.mktemp("runs") / "small"
   base = get_config()
   config = dataclasses.replace(

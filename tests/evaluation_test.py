@@ -185,6 +185,8 @@ def test_a_vote_is_the_normalised_final_answer():
     ("Twelve halves.\n#### 6\n", "6"),
     (r"The answer is \textbf{(C)}.", "C"),
     (r"She is \boxed{\text{ Evelyn }}", "evelyn"),
+    ("The answer is x = 5", "x=5"),
+    ("So:\nx = 5", None),
     ("I do not know which it is", None),
     (r"\boxed{12", None),
     ("", None),

@@ -166,7 +166,7 @@ def test_cuts_change_no_gradient(subtests):
 
 
 def test_shards_and_padding_change_nothing(subtests):
-  """12 rows of which 9 are words: the last of 4 shards is padding altogether."""
+  """9 words and 3 rows of padding: the last of 4 shards is all padding."""
   hidden, unembedding, targets = inputs(words=12)
   targets %= 9
   weights = np.random.default_rng(1).normal(size=(3, ROWS, TOKENS))
@@ -429,7 +429,7 @@ def test_sharded_vocabulary_stays_on_its_devices():
   mesh = jax.make_mesh(
     (2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
   )
-  # Sizes of which no product equals another.
+  # No product of these sizes equals another.
   shape, words, width = (16, 7), 1536, 40
   args = inputs(shape=shape, words=words, width=width, scale=0.3)
   batch = ("data", "fsdp")

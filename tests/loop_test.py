@@ -30,8 +30,6 @@ from opo_jax.scorer import Verifier, VerifierScorer, on_host
 from opo_jax.storage.directory import RunCheckpoints
 from opo_jax.storage.record import Record as RunRecord
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [
   "--steps=4",
@@ -283,7 +281,7 @@ def test_answers_scored_while_others_are_sampled_earn_what_they_earn_after(
       raise ArithmeticError(f"{len(response)} characters")
     return len(response) + 0.1 * int(reference)
 
-  monkeypatch.setattr(engine, "MIN_TOKENS_A_LOOK", 2)
+  monkeypatch.setattr(engine, "MIN_REPORT_TOKENS", 2)
   base = small_config(reward=Reward(workers=1, max_unscorable_fraction=1.0))
   config = dataclasses.replace(base, rollout=dataclasses.replace(base.rollout, slots=8))
   problems = [Problem(str(i), "a1b2c3", str(i)) for i in range(8)]

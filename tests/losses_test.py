@@ -127,8 +127,8 @@ def test_aggregation_by_hand():
 
 
 def test_constant_aggregation_divides_by_what_it_is_given():
-  values = jnp.array([[1.0, 2, 6], [4, 9, 9]])
-  mask = jnp.array([[1, 1, 1], [1, 0, 0]])
+  values = np.array([[1.0, 2, 6], [4, 9, 9]])
+  mask = np.array([[1, 1, 1], [1, 0, 0]])
   assert float(losses.aggregate(values, mask, "constant", normalizer=26.0)) == 0.5
   with pytest.raises(ValueError, match="no normalizer of its own"):
     losses.aggregate(values, mask, "constant")
@@ -180,7 +180,7 @@ def test_micro_batches_add_up_to_the_step_however_it_is_split(order, cuts):
 def test_token_mean_of_the_step_is_not_the_mean_of_its_parts():
   # One row of 7 tokens that lose 0.1, two of 1 token that lose 0.2 and 0.8:
   # (0.7 + 0.2 + 0.8) / 9 = 0.189. Parts that divide by their own tokens, averaged,
-  # give (0.1 + 0.2 + 0.8) / 3 = 0.367, and a loss that depends on the memory at hand.
+  # give (0.1 + 0.2 + 0.8) / 3 = 0.367, and a loss that depends on the micro-batch size.
   mask = np.arange(7) < np.array([7, 1, 1])[:, None]
   values = np.where(mask, np.array([0.1, 0.2, 0.8])[:, None], 5.0).astype(np.float32)
   normalizer = losses.step_normalizer(mask, "token_mean")
@@ -230,9 +230,9 @@ def test_gradients_of_micro_batches_add_up_to_the_gradient_of_the_step(subtests)
 
 def test_policy_gradient_by_hand():
   # -(2 * (-1 - 3) + -1 * -0.5) / 3 = 7.5 / 3, and its gradient is -A / 3.
-  logprobs, mask = jnp.array([[-1.0, -3.0], [-0.5, -7.0]]), jnp.array([[1, 1], [1, 0]])
+  logprobs, mask = np.array([[-1.0, -3.0], [-0.5, -7.0]]), np.array([[1, 1], [1, 0]])
   loss, grads = value_and_grad(
-    lambda logprobs: losses.policy_gradient(logprobs, jnp.array([2.0, -1.0]), mask)[0]
+    lambda logprobs: losses.policy_gradient(logprobs, np.array([2.0, -1.0]), mask)[0]
   )(logprobs)
   assert float(loss) == pytest.approx(2.5, rel=EPS)
   np.testing.assert_allclose(grads, [[-2 / 3, -2 / 3], [1 / 3, 0]], rtol=2 * EPS)
@@ -242,15 +242,15 @@ def test_ppo_clip_by_hand():
   # Ratios 0.5, 0.5, 1.5, 1.5, 1.25, clip [0.8, 1.3]:
   # A = 1: 0.5 (min keeps it)   A = -1: -0.8, cut    A = 1: 1.3, cut
   # A = -1: -1.5                A = 1: 1.25          loss = -(0.75) / 5
-  ratio = jnp.array([[0.5, 0.5, 1.5, 1.5, 1.25, 1.5]])
-  old = jnp.array([[-1.0, -2.0, -3.0, -1.5, -0.7, -9.0]])
-  advantages = jnp.array([[1.0, -1.0, 1.0, -1.0, 1.0, 1.0]])
-  mask = jnp.array([[1, 1, 1, 1, 1, 0]])
+  ratio = np.array([[0.5, 0.5, 1.5, 1.5, 1.25, 1.5]])
+  old = np.array([[-1.0, -2.0, -3.0, -1.5, -0.7, -9.0]])
+  advantages = np.array([[1.0, -1.0, 1.0, -1.0, 1.0, 1.0]])
+  mask = np.array([[1, 1, 1, 1, 1, 0]])
 
   def loss(logprobs):
     return losses.ppo_clip(logprobs, old, advantages, mask, clip_low=0.2, clip_high=0.3)
 
-  (value, aux), grads = value_and_grad(loss, has_aux=True)(old + jnp.log(ratio))
+  (value, aux), grads = value_and_grad(loss, has_aux=True)(old + np.log(ratio))
   assert float(value) == pytest.approx(-0.15, rel=1e-5)  # exp and log round
   assert aux["clipped"].tolist() == [[False, True, True, False, False, False]]
   np.testing.assert_allclose(aux["ratio"][0], [0.5, 0.5, 1.5, 1.5, 1.25, 1], rtol=1e-5)
@@ -276,10 +276,10 @@ def test_on_policy_ratios_are_1_and_the_gradient_is_that_of_policy_gradient(subt
 
 def test_dapo_clips_higher_above_than_below():
   # Ratios 1.25, 1.3, 0.75, 0.79 in [0.8, 1.28]: 1.25 + 1.28 - 0.8 + 0.79 = 2.52
-  old = jnp.array([[-1.0, -2.0, -3.0, -0.5]])
-  logprobs = old + jnp.log(jnp.array([[1.25, 1.3, 0.75, 0.79]]))
+  old = np.array([[-1.0, -2.0, -3.0, -0.5]])
+  logprobs = old + np.log(np.array([[1.25, 1.3, 0.75, 0.79]]))
   loss, aux = jax.jit(functools.partial(losses.ppo_clip, clip_high=0.28))(
-    logprobs, old, jnp.array([[1.0, 1.0, -1.0, 1.0]]), jnp.ones((1, 4))
+    logprobs, old, np.array([[1.0, 1.0, -1.0, 1.0]]), np.ones((1, 4))
   )
   assert float(loss) == pytest.approx(-2.52 / 4, rel=1e-5)
   assert aux["clipped"].tolist() == [[False, True, True, False]]
@@ -294,7 +294,7 @@ def test_gspo_by_hand():
   old = logprobs_like(0)[:3, :3]
 
   def loss(logprobs):
-    advantages = jnp.array([1.0, 1.0, -1.0])
+    advantages = np.array([1.0, 1.0, -1.0])
     return losses.gspo(logprobs, old, advantages, mask, clip_low=0.2, clip_high=0.1)
 
   (value, aux), grads = value_and_grad(loss, has_aux=True)(old + np.log(ratio))
@@ -349,12 +349,12 @@ def test_cispo_by_hand():
   # Weights 0.5, 1, 5 (8 cut), 0 of the last token behind the mask; A = 2, -1 per row.
   # loss = -(2 * (0.5 * -3 + 1 * -2) - 5 * -1) / 3 = 2 / 3, gradients -w A / 3: the
   # token that was cut keeps one, which PPO's clip would take away.
-  logprobs = jnp.array([[-3.0, -2.0], [-1.0, -4.0]])
-  old = logprobs - jnp.log(jnp.array([[0.5, 1.0], [8.0, 3.0]]))
-  mask = jnp.array([[1, 1], [1, 0]])
+  logprobs = np.array([[-3.0, -2.0], [-1.0, -4.0]])
+  old = logprobs - np.log(np.array([[0.5, 1.0], [8.0, 3.0]]))
+  mask = np.array([[1, 1], [1, 0]])
 
   def loss(logprobs):
-    return losses.cispo(logprobs, old, jnp.array([2.0, -1.0]), mask)
+    return losses.cispo(logprobs, old, np.array([2.0, -1.0]), mask)
 
   (value, aux), grads = value_and_grad(loss, has_aux=True)(logprobs)
   assert float(value) == pytest.approx(2 / 3, rel=1e-5)
@@ -362,7 +362,7 @@ def test_cispo_by_hand():
   assert aux["clipped"].tolist() == [[False, False], [True, False]]
   # Bounded below, too: 0.8 instead of 0.5.
   bounded, _ = jax.jit(functools.partial(losses.cispo, clip_low=0.2))(
-    logprobs, old, jnp.array([2.0, -1.0]), mask
+    logprobs, old, np.array([2.0, -1.0]), mask
   )
   assert float(bounded) == pytest.approx(2 / 3 + 2 * 0.3 * 3 / 3, rel=1e-5)
 
@@ -370,18 +370,18 @@ def test_cispo_by_hand():
 def test_measures_of_the_ratio_by_hand():
   # Ratios 2 and 1: k3 of old to new is ratio - 1 - log ratio = 1 - log 2 and 0 (of new
   # to old it would be log 2 - 1/2 and 0). Entropies 1 and 4, on average 2.5.
-  old = jnp.array([[-1.0, -2.0, -7.0]])
-  logprobs = old + jnp.log(jnp.array([[2.0, 1.0, 3.0]]))
-  mask = jnp.array([[1, 1, 0]])
+  old = np.array([[-1.0, -2.0, -7.0]])
+  logprobs = old + np.log(np.array([[2.0, 1.0, 3.0]]))
+  mask = np.array([[1, 1, 0]])
 
   @jax.jit
   def measured(entropy):
     return {
-      name: objective(logprobs, old, jnp.ones(1), mask, entropy=entropy)[1]
+      name: objective(logprobs, old, np.ones(1), mask, entropy=entropy)[1]
       for name, objective in OBJECTIVES.items()
-    } | {"defaults": losses.ppo_clip(logprobs, old, jnp.ones(1), mask)[1]}
+    } | {"defaults": losses.ppo_clip(logprobs, old, np.ones(1), mask)[1]}
 
-  found = measured(jnp.array([[1.0, 4.0, jnp.nan]]))
+  found = measured(np.array([[1.0, 4.0, np.nan]]))
   for name in RATIO_OBJECTIVES:
     assert float(found[name]["approx_kl"]) == pytest.approx(
       (1 - np.log(2)) / 2, rel=1e-5
@@ -407,8 +407,8 @@ def test_ratio_that_overflows_has_a_finite_gradient(subtests):
 
 def test_truncated_importance_by_hand():
   # Ratios 0.5, 1.5, 4 with a cap of 2; behind the mask 1; constants.
-  learner, mask = jnp.array([[-1.0, -2.0, -3.0, jnp.nan]]), jnp.array([[1, 1, 1, 0]])
-  sampler = learner - jnp.log(jnp.array([[0.5, 1.5, 4.0, 9.0]]))
+  learner, mask = np.array([[-1.0, -2.0, -3.0, np.nan]]), np.array([[1, 1, 1, 0]])
+  sampler = learner - np.log(np.array([[0.5, 1.5, 4.0, 9.0]]))
 
   @jax.jit
   def weights(cap=2.0):
@@ -504,14 +504,14 @@ def test_packed_rows_equal_rows_of_their_own(subtests):
 def test_packing_without_segment_ids_is_another_loss():
   # Rows [1 2 6] and [4] packed into [1 2 6 4]: (3 + 4) / 2 as two responses, 13 / 4 as
   # one.
-  values, mask = jnp.array([[1.0, 2, 6, 4]]), jnp.ones((1, 4), bool)
-  how, ids = "sequence_mean_token_mean", jnp.array([[1, 1, 1, 2]])
+  values, mask = np.array([[1.0, 2, 6, 4]]), np.ones((1, 4), bool)
+  how, ids = "sequence_mean_token_mean", np.array([[1, 1, 1, 2]])
   assert aggregates(values, mask, segment_ids=ids)[how] == 3.5
   assert aggregates(values, mask)[how] == 3.25
 
 
 def test_segment_0_is_padding_whatever_the_mask_says():
-  values, ids = jnp.array([[1.0, 2, 9, 4]]), jnp.array([[1, 1, 0, 0]])
+  values, ids = np.array([[1.0, 2, 9, 4]]), np.array([[1, 1, 0, 0]])
   assert aggregates(values, values > 0, segment_ids=ids)["token_mean"] == 1.5
 
 
@@ -729,8 +729,8 @@ def test_k3_is_never_negative_and_zero_for_equal_policies(values):
 
 def test_small_kl_is_measured_and_not_rounded_away():
   # x^2 / 2 for x = 1e-3: 5e-7 to a thousandth; naive float32 is off by a tenth.
-  logprobs, reference = jnp.array([[0.0]]), jnp.array([[1e-3]])
-  result = float(default_kl(logprobs, reference, jnp.array([[True]]))[0, 0])
+  logprobs, reference = np.array([[0.0]]), np.array([[1e-3]])
+  result = float(default_kl(logprobs, reference, np.array([[True]]))[0, 0])
   assert result == pytest.approx(np.expm1(1e-3) - 1e-3, rel=5e-4)
 
 
@@ -743,7 +743,7 @@ def test_kl_gradient_is_finite_behind_the_mask(subtests):
 
 
 def test_kl_of_tokens_far_apart_is_finite_with_its_gradient(subtests):
-  gaps, zeros = jnp.array([[-1000.0, 1000.0]]), jnp.zeros((1, 2))
+  gaps, zeros = np.array([[-1000.0, 1000.0]]), np.zeros((1, 2))
   for name, (values, grads) in kls(gaps, zeros, gaps == gaps).items():
     with subtests.test(name):
       assert np.isfinite(values).all() and np.isfinite(grads).all()
@@ -752,8 +752,8 @@ def test_kl_of_tokens_far_apart_is_finite_with_its_gradient(subtests):
 
 def test_only_k2_has_the_gradient_of_the_kl_as_a_penalty(subtests):
   # Every token once, weighted by its probability, which is a constant of the sampler.
-  logits, reference = jnp.array([0.3, -1.0, 2.0]), jnp.log(jnp.array([0.5, 0.3, 0.2]))
-  policy = jax.nn.softmax(logits)
+  logits, reference = np.array([0.3, -1.0, 2.0]), np.log(np.array([0.5, 0.3, 0.2]))
+  policy = np.exp(logits) / np.exp(logits).sum()
 
   def sampled(logits, estimator):
     logprobs = jax.nn.log_softmax(logits)[None]
@@ -770,7 +770,7 @@ def test_only_k2_has_the_gradient_of_the_kl_as_a_penalty(subtests):
   @jax.jit
   def gradients(logits):
     estimated = {k: jax.grad(sampled)(logits, k) for k in ("k1", "k2", "k3")}
-    zero = jnp.zeros(3)
+    zero = np.zeros(3)
     return estimated, {
       "k1": zero, "k2": jax.grad(exact)(logits), "k3": jax.grad(backwards)(logits)
     }  # fmt: skip
@@ -785,14 +785,14 @@ def test_only_k2_has_the_gradient_of_the_kl_as_a_penalty(subtests):
 
 
 def test_negative_clips_are_refused():
-  x = jnp.zeros((1, 2))
+  x = np.zeros((1, 2))
   for objective, name in itertools.product(RATIO_OBJECTIVES, ("clip_low", "clip_high")):
     with pytest.raises(ValueError, match=f"Expected {name} of at least 0, got -0.1"):
-      getattr(losses, objective)(x, x, jnp.ones(1), x == 0, **{name: -0.1})
+      getattr(losses, objective)(x, x, np.ones(1), x == 0, **{name: -0.1})
 
 
 def test_caps_and_normalizers_are_above_zero():
-  x = jnp.zeros((1, 2))
+  x = np.zeros((1, 2))
   for bad in (0.0, -1, np.float32(-2), np.nan):
     with pytest.raises(ValueError, match=f"Expected cap above 0, got {bad}"):
       losses.truncated_importance(x, x, x == 0, cap=bad)
@@ -801,7 +801,7 @@ def test_caps_and_normalizers_are_above_zero():
 
 
 def test_unknown_names_are_answered_with_those_there_are():
-  values = jnp.ones((2, 3))
+  values = np.ones((2, 3))
   with pytest.raises(ValueError, match="'tokens_mean'; did you mean token_mean\\? Th"):
     losses.aggregate(values, values > 0, "tokens_mean")
   with pytest.raises(ValueError, match="'qqqq'; there are token_mean, "):
@@ -810,42 +810,42 @@ def test_unknown_names_are_answered_with_those_there_are():
     losses.kl(values, values, values > 0, estimator="k4")
   with pytest.raises(ValueError, match="estimator 'opo_lo'; did you mean opo_loo"):
     losses.opo_loss(
-      values, jnp.ones(2), values > 0, jnp.zeros(2, int), num_groups=1,
+      values, np.ones(2), values > 0, np.zeros(2, int), num_groups=1,
       estimator="opo_lo",
     )  # fmt: skip
 
 
 def test_shapes_that_do_not_fit_are_refused_and_shown():
-  logprobs, mask = jnp.ones((2, 3)), jnp.ones((2, 3), bool)
+  logprobs, mask = np.ones((2, 3)), np.ones((2, 3), bool)
   with pytest.raises(ValueError, match=r"\(2, 3\), got \(3,\)"):
-    losses.policy_gradient(logprobs, jnp.ones(3), mask)
+    losses.policy_gradient(logprobs, np.ones(3), mask)
   with pytest.raises(ValueError, match=r"\(2, 3\), got \(2, 1\)"):
-    losses.ppo_clip(logprobs, logprobs, jnp.ones((2, 1)), mask)
+    losses.ppo_clip(logprobs, logprobs, np.ones((2, 1)), mask)
   with pytest.raises(ValueError, match=r"'mask': \(2, 1\), 'values': \(2, 3\)"):
     losses.aggregate(logprobs, mask[:, :1], "token_mean")
   with pytest.raises(ValueError, match=r"'mask': \(2, 2\)"):
-    losses.policy_gradient(logprobs, jnp.ones(2), mask[:, :2])
+    losses.policy_gradient(logprobs, np.ones(2), mask[:, :2])
   with pytest.raises(ValueError, match=r"'mask': \(2,\)"):
-    losses.policy_gradient(logprobs, jnp.ones(2), mask[:, 0])
+    losses.policy_gradient(logprobs, np.ones(2), mask[:, 0])
   for objective in RATIO_OBJECTIVES:
     with pytest.raises(ValueError, match=r"'old_logprobs': \(2, 1\)"):
-      OBJECTIVES[objective](logprobs, logprobs[:, :1], jnp.ones(2), mask)
+      OBJECTIVES[objective](logprobs, logprobs[:, :1], np.ones(2), mask)
   with pytest.raises(ValueError, match=r"'entropy': \(2, 1\)"):
-    losses.policy_gradient(logprobs, jnp.ones(2), mask, entropy=logprobs[:, :1])
+    losses.policy_gradient(logprobs, np.ones(2), mask, entropy=logprobs[:, :1])
   with pytest.raises(ValueError, match=r"importance_weights .* got \(3,\)"):
-    losses.policy_gradient(logprobs, jnp.ones(2), mask, importance_weights=jnp.ones(3))
+    losses.policy_gradient(logprobs, np.ones(2), mask, importance_weights=np.ones(3))
   with pytest.raises(ValueError, match=r"'reference_logprobs': \(2, 1\)"):
     losses.kl(logprobs, logprobs[:, :1], mask)
   with pytest.raises(ValueError, match=r"'rewards': \(3,\), 'lengths': \(2,\)"):
-    losses.opo_loss(logprobs, jnp.ones(3), mask, jnp.zeros(2, int), num_groups=1)
+    losses.opo_loss(logprobs, np.ones(3), mask, np.zeros(2, int), num_groups=1)
   with pytest.raises(ValueError, match=r"valid \[N\] for a mask \(2, 3\), got \(3,\)"):
     losses.opo_loss(
-      logprobs, jnp.ones(2), mask, jnp.zeros(2, int), num_groups=1, valid=jnp.ones(3)
+      logprobs, np.ones(2), mask, np.zeros(2, int), num_groups=1, valid=np.ones(3)
     )
 
 
 def test_segment_ids_that_cannot_be_are_refused():
-  values, mask = jnp.ones((1, 3)), jnp.ones((1, 3), bool)
+  values, mask = np.ones((1, 3)), np.ones((1, 3), bool)
   for ids, message in (
     ([[1, 4, 4]], r"lie in \[1, 4\]; number"),
     ([[-1, 1, 1]], r"lie in \[-1, 1\]; number"),

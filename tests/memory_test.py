@@ -1,4 +1,4 @@
-"""Memory is told before it is taken, and moments may lie where there is more of it."""
+"""An update's memory is known before it runs, and moments may be offloaded."""
 
 import dataclasses
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What is written down survives kills, is absent where unmeasured, and is finite."""
+"""Metrics survive kills, are absent where unmeasured, and are finite."""
 
 import json
 import math

@@ -232,7 +232,7 @@ def test_greedy_text_equals_that_of_transformers(family, tmp_path):
     temperature=0.0,
     eos_ids=(eos,),
   )
-  # The end token is drawn and counted; what comes after it is nobody's.
+  # The end token is sampled and counts; later columns are padding.
   lengths = np.where(
     (expected == eos).any(1), (expected == eos).argmax(1) + 1, expected.shape[1]
   )
@@ -266,7 +266,7 @@ def test_config_written_and_read_is_the_same(family):
   values = config_to(config)
   assert config_from(values) == config
   wanted = golden_config(family)
-  # With layer_types, nobody reads max_window_layers.
+  # With layer_types, max_window_layers is not read.
   for field in wanted.keys() & values.keys() - {"rope_parameters", "max_window_layers"}:
     assert values[field] == wanted[field], field
   # Readers that know one form of the rotary settings alone read the same.
@@ -833,7 +833,7 @@ def test_split_keys_equal_keys_in_one_part():
   ]
   expected = attend(query, Keys(key, value, mask))
   assert_close(attend(query, *parts), expected, atol=1e-5)
-  # A part that nobody may see adds nothing, whatever lies in it.
+  # A part that is masked out altogether adds nothing, whatever it holds.
   blind = Keys(100 * key, -100 * value, np.zeros_like(mask))
   assert_close(attend(query, blind, *parts), expected, atol=1e-5)
 
@@ -1031,7 +1031,7 @@ def test_program_does_not_grow_with_depth(remat):
   assert size(2) == size(6) > 100
 
 
-# --- what a run makes of them -------------------------------------------------------
+# --- models as a run builds them ----------------------------------------------------
 
 
 def built(**changes):
@@ -1081,7 +1081,7 @@ def test_step_of_bfloat16_parameters_is_computed_in_float32():
   np.testing.assert_allclose(step["w"], -g / (np.abs(g) + 1e-3), rtol=1e-5)
 
 
-def test_fresh_takes_config_json_alone(tmp_path):
+def test_fresh_reads_only_config_json(tmp_path):
   (tmp_path / "config.json").write_text(
     json.dumps(golden_config("qwen3_tied") | dict(hidden_size=24))
   )

@@ -1,4 +1,4 @@
-"""No answer can stop or mislead the pool, and nothing is silently wrong."""
+"""No response can stop or mislead the pool, and nothing is silently wrong."""
 
 import functools
 import itertools
@@ -99,7 +99,7 @@ def test_bad_items_are_none_with_a_reason_and_the_others_keep_their_place():
     assert reasons[5] == "timed out after 1 s"
     assert "ValueError" in reasons[7]
     assert "SystemExit" in reasons[8]
-    # The pool goes on, and yesterday's errors are gone.
+    # The pool goes on, and the earlier batch's errors are gone.
     assert pool.score(["e"], ["e"]) == [1.0]
     assert pool.last_errors == []
 
@@ -315,12 +315,16 @@ def test_a_pool_left_open_does_not_hold_the_interpreter(tmp_path):
 
 # --- Hostile answers ---
 
-HOSTILE = [
-  r"\boxed{9**9**9}",
+# Nothing that evaluates them ends.
+TOWERS = [
   r"\boxed{9^{9^{9}}}",
-  r"\boxed{10^{1000000}}",
   r"\boxed{(10^{1000000})^{1000000}}",
   r"\boxed{2^{3^{4^{5^{6}}}}}",
+  r"\boxed{" + "x^" * 200 + "x}",
+]
+HOSTILE = [
+  r"\boxed{9**9**9}",
+  r"\boxed{10^{1000000}}",
   r"\boxed{100000000!}",
   r"\boxed{" + "9" * 400 + "!" + "}",
   r"\boxed{1e999999999}",
@@ -332,7 +336,6 @@ HOSTILE = [
   "\\boxed{" * 1000 + "}" * 1000,
   "\\boxed{" * 100_000,
   "\x00\\boxed{\x00}",
-  r"\boxed{" + "x^" * 200 + "x}",
   r"\boxed{" + r"\int_0^{" * 40 + "1" + "}" * 41,
   r"\boxed{" + r"\pm" * 100 + "1}",
   r"\boxed{" + "1," * 200 + "1}",
@@ -348,10 +351,12 @@ HOSTILE = [
 ]
 
 
-def test_hostile_answers_earn_nothing_and_the_pool_goes_on():
-  with RewardPool(math_reward, workers=2, timeout_s=1.5, memory_gib=1.0) as pool:
+def test_hostile_responses_earn_nothing_and_the_pool_goes_on():
+  """The longest takes half a second, a hundredth of its limit."""
+  with RewardPool(math_reward, workers=2, timeout_s=60.0, memory_gib=1.0) as pool:
     scores = pool.score(HOSTILE, ["5"] * len(HOSTILE))
-    assert not any(scores), [HOSTILE[i][:60] for i, s in enumerate(scores) if s]
-    # Towers of powers have no end; the rest is wrong, and known to be.
-    assert len(pool.last_errors) < len(HOSTILE) / 3, pool.last_errors
+    wrong = {HOSTILE[i][:60]: score for i, score in enumerate(scores) if score != 0.0}
+    assert not wrong, pool.last_errors
+  with RewardPool(math_reward, workers=2, timeout_s=2.0, memory_gib=1.0) as pool:
+    assert not any(pool.score(TOWERS, ["5"] * len(TOWERS)))  # refused, or cut off
     assert pool.score([r"\boxed{5}"] * 9, ["5"] * 9) == [1.0] * 9

@@ -444,7 +444,7 @@ def test_a_question_without_a_scorable_answer_is_left_out():
     ]
   )
   assert alone["true_score"] == pytest.approx(0.8), "of all answers, scorable or not"
-  assert not [name for name in alone if "win_rate" in name], "nobody to win against"
+  assert not [name for name in alone if "win_rate" in name], "no opponent"
 
 
 def test_scores_beyond_zero_and_one_are_not_counted_as_right_or_wrong():
@@ -734,7 +734,7 @@ def test_a_finished_run_is_evaluated_by_scores_and_wins(trained, tmp_path, capsy
   assert results["settings"]["reward"]["scored_by"] == fingerprint(own)
   for row in lines(tmp_path / "step_2" / "preferences.responses.jsonl"):
     assert row["true_score"] == true_score(row["response"], row["reference"])
-  # How often an answer is right, nobody can say.
+  # A graded reward has no pass rate.
   assert not [*tmp_path.rglob("*.problems.jsonl")]
 
 

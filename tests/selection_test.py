@@ -1,4 +1,4 @@
-"""What is trained on is neither too easy, nor too hard, nor in the test."""
+"""Training problems are neither too easy, nor too hard, nor in the test set."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import os
 import pytest
 
 from opo_jax.__main__ import main
-from opo_jax.commands import compare_data
+from opo_jax.commands.data import compare_data
 from opo_jax.data import decontaminate, selection
 from opo_jax.data.prompts import Problem
 
@@ -43,7 +43,7 @@ def test_problems_are_kept_within_the_bounds_and_only_with_a_rate(tmp_path):
   assert selection.read_pass_rates(path) == rates
   kept = selection.by_pass_rate(PROBLEMS, rates, lowest=0.25, highest=0.75)
   assert ids(kept) == ["s/1", "s/2", "s/3"]
-  # s/5 has no rate: how hard it is nobody knows.
+  # s/5 has no pass rate: its difficulty is unknown.
   everything = selection.by_pass_rate(PROBLEMS, rates, lowest=0.0, highest=1.0)
   assert len(everything) == 5
   with pytest.raises(ValueError, match=r"'s/0'.*--data\.pass-rate-file"):

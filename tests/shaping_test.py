@@ -1,6 +1,8 @@
 """Format, length and repetition are what their formulas say."""
 
-import signal
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,9 +10,8 @@ import pytest
 from opo_jax.rewards import shaping
 
 
-@pytest.mark.parametrize(
-  ("response", "boxed", "think"),
-  [
+def test_a_response_has_a_format_or_has_it_not():
+  cases = [  # response, boxed, think
     (r"So \boxed{4}.", 1, 0),
     (r"<think>2+2</think> So \boxed{4}.", 1, 1),
     (r"2+2</think>\boxed{4}", 1, 1),  # `<think>` stands in the prompt
@@ -24,35 +25,32 @@ from opo_jax.rewards import shaping
     (r" <think><think>a</think>\boxed{4}", 1, 0),
     ("4", 0, 0),
     ("", 0, 0),
-  ],
-)
-def test_a_response_has_a_format_or_has_it_not(response, boxed, think):
-  assert shaping.has_format(response, "boxed") == boxed
-  assert shaping.has_format(response, "think") == think
+  ]
+  found = [
+    (text, *(shaping.has_format(text, kind) for kind in ("boxed", "think")))
+    for text, _, _ in cases
+  ]
+  assert [each for each in found if each not in cases] == []
 
 
-@pytest.mark.parametrize("kind", ["boxed", "think"])
-@pytest.mark.parametrize(
-  ("response", "has_one"),
-  [
-    ("\n" * 1_000_000, (0, 0)),
-    ("<think>" * 150_000, (0, 0)),
-    ("\n" * 1_000_000 + r"</think>\boxed{4}", (1, 1)),
-    ("</think>" + "{" * 1_000_000 + r"\boxed{4", (0, 0)),
-  ],
-  ids=["lines", "opened", "boxed", "braces"],
-)
-def test_a_megabyte_of_a_response_is_judged_in_linear_time(response, has_one, kind):
-  def stop(*_):
-    raise TimeoutError("more than 10 s")
-
-  before = signal.signal(signal.SIGALRM, stop)
-  signal.alarm(10)
-  try:
-    assert shaping.has_format(response, kind) == has_one[kind == "think"]
-  finally:
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+def test_the_format_of_a_megabyte_is_found_in_linear_time():
+  """In a process that can be ended: quadratic time would be hours."""
+  script = (
+    "from opo_jax.rewards.shaping import has_format\n"
+    "for text in ['\\n' * 10**6, '<think>' * 150_000,\n"
+    "             '\\n' * 10**6 + r'</think>\\boxed{4}',\n"
+    "             '</think>' + '{' * 10**6 + r'\\boxed{4']:\n"
+    "  print(*(has_format(text, kind) for kind in ('boxed', 'think')))\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", script],
+    cwd=pathlib.Path(__file__).resolve().parent.parent,
+    capture_output=True,
+    text=True,
+    check=True,
+    timeout=100,  # It takes two seconds.
+  )
+  assert done.stdout.split() == ["0.0"] * 4 + ["1.0"] * 2 + ["0.0"] * 2
 
 
 def test_unknown_formats_and_impossible_sizes_are_refused():

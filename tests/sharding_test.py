@@ -1,4 +1,4 @@
-"""The mesh and its rules, and what several processes exchange."""
+"""The mesh, its rules, and collectives between several processes."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def test_rules_know_the_axes_of_the_mesh():
     sharding.Rules(batch=("data", "data"))
 
 
-def test_one_process_takes_care_of_everything():
+def test_one_process_owns_every_index():
   mesh = sharding.make_mesh(2, 2, 2)
   assert distributed.local_indices(mesh, 5).tolist() == [0, 1, 2, 3, 4]
   np.testing.assert_array_equal(
@@ -63,7 +63,7 @@ def test_half_a_start_by_hand_is_refused(given):
     distributed.start_processes(*given)
 
 
-def test_a_machine_on_its_own_joins_nobody(monkeypatch):
+def test_a_machine_on_its_own_joins_no_other(monkeypatch):
   for name in ("SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES"):
     monkeypatch.delenv(name, raising=False)
   distributed.start_processes()

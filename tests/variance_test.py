@@ -421,13 +421,14 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A run of which only the start and two checkpoints are there, of random policies."""
+  """A run with only its start policy and two checkpoints, all random."""
   directory = tmp_path_factory.mktemp("runs") / "small"
   base = get_config()
   config = dataclasses.replace(
     base,
     model=dataclasses.replace(base.model, width=16, mlp_width=32, num_layers=1),
     sft=dataclasses.replace(base.sft, steps=0),
+    rollout=dataclasses.replace(base.rollout, max_new_tokens=12),
   )
   run = Run(config, directory)
   run.write_head()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 _BRACE = re.compile(
   r"\\(?:boxed|fbox)\s{0,4}(?:(?P<open>\{)|(?P<bare>[^\s{}$\\]+))|(?P<brace>[{}])|\\."
 )
+_FILLED = re.compile(r"\S")
 _MARK = re.compile(
   r"""
   (?<!\#) \#{4} (?!\#) (?= [^\n]{0,200}? [\d\\] ) :? (?P<hashes> [^\n]* )
@@ -21,27 +22,30 @@ _MARK = re.compile(
   re.VERBOSE | re.DOTALL | re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.;?!](?=\s|$)|</answer>")
+_OR = "(?:or|maybe|perhaps|possibly)"
 _HEDGE = (
-  r"(?:or|maybe|perhaps|possibly|alternatively|otherwise|else|either|if(?:\snot)?|also"
+  rf"(?:{_OR}|alternatively|otherwise|else|either|if(?:\snot)?|also"
   r"|(?:could|might|may)\s(?:also\s)?(?:be|equal))"
 )
 _FILLER = (
-  r"(?:an?|any|the|my|your|this|that|it|is|be|use|think|believe|say|sure|equal|to"
+  r"(?:any|the|my|your|this|that|it|is|be|use|think|believe|say|sure|equal|to"
   r"|following|final|correct|right|answer)"
 )
 # "This is not my final", "the wrong", before an answer; of a mark also "or maybe the".
-_DENIAL = (
+_DENIED = re.compile(
   r"(?:\b(?:not|never|nor|neither|cannot|ignore|wrong|incorrect|invalid|false|fake"
   r"|previous|old|rejected|tentative|non-final)|n['\u2019]t|\\neq?)"
+  rf"\W+(?:(?:{_FILLER}|an?)\W+){{0,6}}$",
+  re.IGNORECASE,
 )
-_DENIED = re.compile(rf"{_DENIAL}\W+(?:{_FILLER}\W+){{0,6}}$", re.IGNORECASE)
 _HEDGED = re.compile(rf"\b{_HEDGE}\W+(?:{_FILLER}\W+){{0,6}}$", re.IGNORECASE)
 _SIGNED = re.compile(r"(?:^|[\s$=(])[-\u2212]$|\d$")  # -\boxed{4}, 3\boxed{4}
-_NO_WORD = re.compile(r"\\(?:text|mbox|q?quad)|[A-Za-z]_\w|[\\{}$()[\]=]")
+_LATEX = re.compile(r"\\(?:text|mbox|q?quad)|[A-Za-z]_\w|[\\{}$()[\]=]")
 _ONLY_HEDGES = re.compile(
   rf"\W*(?:{_HEDGE}|and)\b\W*(?:(?:{_HEDGE}|{_FILLER}|and)\b\W*)*", re.IGNORECASE
 )
-_VALUE = r"(?:\$[^$=\n]{1,40}\$|-?\d[\d.,/]{0,20}(?<![,.])|[A-Z]\b)"
+_VALUE = r"(?:-?\d[\d.,/]{0,20}(?<![,.])|[A-Z]\b)"
+_WORDS = r"(?: \w{1,20} [$)}*]{0,3} [ =]? ){1,3}"
 _END = r"(?=[$)*}]{0,3}(?:[.,;!?](?:\s|$)|[ \t]*(?:\n|$)))"
 # "?", " is wrong", ", 5.", " and $5$", ". Or maybe $4$", " or five." behind an answer.
 _CONTINUED = re.compile(
@@ -49,11 +53,14 @@ _CONTINUED = re.compile(
   (?: [$)*\}}\s] | \\[)\]] ){{0,8}}
   (?: \?
   | (?:is|was)\s(?:wrong|incorrect|not)\b
-  | [ \t]* (?: [,;/|&.!] | ,?\s?and\b ) [ \t]{{0,3}} [$(*]{{0,3}} {_VALUE} {_END}
+  | [ \t]* (?: [,;/|&] | ,?\s?and\b ) [ \t]{{0,3}} (?: \$[^$=\n]{{1,40}}\$
+    | [$(*]{{0,3}} {_VALUE} ) {_END}
+  | [.!] [ \t]{{1,4}} [$(*]{{0,3}} {_VALUE} {_END}
   | [.,;:!(\s]{{0,8}} (?:\\text\s?\{{\s?)? (?:it\s|the\sanswer\s)? \b{_HEDGE}\b
     (?: [\s,:$({{}}*\\]{{1,4}} (?:{_HEDGE}|{_FILLER}|text)\b ){{0,8}}
-    [\s,:$({{}}*\\]{{1,4}} (?: [-<\d\\]
-    | (?: \w{{1,20}} [$)}}*]{{0,3}} [ =]? ){{1,3}} (?= [.;!?](?:\s|$) | \n | $ ) )
+    [\s,:$({{}}*\\]{{1,4}} [-<\d\\]
+  | (?: [,(\s]{{0,4}} \b{_OR}\b [\s,($*]{{1,4}} {_WORDS} | [.;!]\s {_OR}\s \w{{1,20}} )
+    (?= [.;!?](?:\s|$) | \n | $ )
   )
   """,
   re.VERBOSE | re.IGNORECASE,
@@ -71,17 +78,17 @@ class _Span(NamedTuple):
 def final_answer(response: str) -> str | None:
   r"""Returns the final answer of a response as it is written, None if it has none.
 
-  Only the text behind the last `</think>` counts.
+  Of the text behind the last `</think>`:
 
     1. The last `\boxed{…}` that is not empty. Boxes in a row, with a comma, "and" or a
        hedge between them, are one answer: a list.
     2. Without a box the last mark: `#### N` to the end of the line,
        `<answer>N</answer>`, "answer is N" or "answer: N" to the end of the sentence.
 
-  There is no final answer where there is neither, where the text ends inside of an open
-  box, where the answer is denied ("not `\boxed{4}`", "wrong answer: 4"; an earlier mark
-  counts instead), has a sign or a digit right before its box, or goes on: "?", "is
-  wrong", another value (", 5"), or an alternative ("Or maybe 4").
+  None where there is neither, where the text ends inside of an open box, and where the
+  answer is denied ("not `\boxed{4}`", "wrong answer: 4"; the mark before it counts
+  instead), has a sign or a digit right before its box, or goes on: "?", "is wrong",
+  another value (", 5"), or an alternative ("Or maybe 4").
 
   >>> final_answer(r"First \boxed{3}. No: \boxed{4} or \boxed{5}.")
   '4, 5'
@@ -99,7 +106,7 @@ def final_answer(response: str) -> str | None:
     before = text[max(0, span.start - 60) : span.start]
     if _SIGNED.search(before) or _DENIED.search(before.rpartition("\n")[2]):
       return None
-  return span.answer.strip() or None
+  return span.answer.strip("* \t\n") or None  # "**Answer: 4**"
 
 
 def boxed(text: str) -> str | None:
@@ -111,33 +118,33 @@ def boxed(text: str) -> str | None:
 def _boxes(text: str) -> tuple[list[_Span], bool]:
   """Returns the outermost boxes that hold something, and whether the text ends in one.
 
-  One pass over the braces: `stack` holds those that are open, a box as its match.
+  One pass over the braces; `stack` holds the open ones.
   """
-  boxes, stack = [], []
+  spans, stack = [], []  # A span: (start, end, start and end of the content).
   starts = [at for at in map(text.find, (r"\boxed", r"\fbox")) if at >= 0]
   for match in _BRACE.finditer(text, min(starts, default=len(text))):
     if match["open"] or match["brace"] == "{":
       stack.append(match)
     elif match["bare"]:
-      boxes.append(_Span(match["bare"], match.start(), match.end()))
+      spans.append((match.start(), match.end(), *match.span("bare")))
     elif match["brace"] == "}" and stack:
       opening = stack.pop()
-      content = text[opening.end() : match.start()]
-      if opening["open"] and content.strip():
-        while boxes and boxes[-1].start > opening.start():
-          boxes.pop()
-        boxes.append(_Span(content, opening.start(), match.end()))
-  last = boxes[-1].end if boxes else 0
-  return boxes, any(each["open"] and each.start() >= last for each in stack)
+      if opening["open"] and _FILLED.search(text, opening.end(), match.start()):
+        while spans and spans[-1][0] > opening.start():
+          spans.pop()
+        spans.append((opening.start(), match.end(), opening.end(), match.start()))
+  last = spans[-1][1] if spans else 0
+  is_open = any(opening["open"] and opening.start() >= last for opening in stack)
+  return [_Span(text[a:b], start, end) for start, end, a, b in spans], is_open
 
 
 def _joined(text: str, boxes: list[_Span]) -> _Span:
   """Joins the last box with those before it that belong to the same list."""
-  *earlier, last = boxes
-  while earlier and _is_list_link(text[earlier[-1].end : last.start]):
-    before = earlier.pop()
-    last = _Span(f"{before.answer}, {last.answer}", before.start, last.end)
-  return last
+  first = len(boxes) - 1
+  while first and _is_list_link(text[boxes[first - 1].end : boxes[first].start]):
+    first -= 1
+  answer = ", ".join(box.answer for box in boxes[first:])
+  return _Span(answer, boxes[first].start, boxes[-1].end)
 
 
 def _is_list_link(between: str) -> bool:
@@ -146,9 +153,9 @@ def _is_list_link(between: str) -> bool:
   No words but "and" and "or" (`\boxed{3}, \boxed{4}`), only hedges (". Maybe"), or a
   clause that ends with "and" or holds a hedge (`\boxed{3}` cats and `\boxed{4}` dogs).
   """
-  plain = _NO_WORD.sub(" ", between)
   if len(between) > 60:
     return False
+  plain = _LATEX.sub(" ", between)
   if not re.search("[A-Za-z]", plain):
     return "\n" not in between or bool(plain.strip())
   if _ONLY_HEDGES.fullmatch(plain):

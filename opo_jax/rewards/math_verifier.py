@@ -7,6 +7,7 @@ math-verify parses what that cannot read, and SymPy decides. No JAX; the parser 
 imported on first use.
 """
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 from opo_jax.rewards import numeric
 from opo_jax.rewards.answers import final_answer
-from opo_jax.rewards.normalization import canonical, has_words, normalize, without_unit
+from opo_jax.rewards.normalization import HEDGE, canonical, has_words, normalize
 
 _MAX_ANSWER_LENGTH = 500  # The longest reference of MATH has 159 characters.
 _MAX_DEPTH = 20  # The parser takes seconds for brackets nested deeper.
@@ -53,9 +54,8 @@ def math_equal(prediction: str, reference: str) -> bool:
   matrices element by element, an inequality as an interval, an equation up to a factor,
   words only with the same words.
 
-  Alternatives ("3 or 4") equal no single value, and numbers that touch ("3 4") equal
-  nothing, where math-verify would compute with them. Arithmetic equals its value here,
-  but earns nothing in `math_reward`.
+  Alternatives ("3 or 4") equal no single value, numbers that touch ("3 4") nothing.
+  Arithmetic equals its value here, but earns nothing in `math_reward`.
 
   There is no time limit here, and SymPy may take very long: give text that a policy
   wrote to a `RewardPool`.
@@ -65,8 +65,7 @@ def math_equal(prediction: str, reference: str) -> bool:
     reference: the true answer, LaTeX or plain; of a whole solution its final answer.
 
   Returns:
-    False also where the prediction cannot be parsed, has more than 500 characters, or
-    nests brackets more than 20 deep.
+    False also where the prediction cannot be parsed or exceeds 500 characters.
 
   Raises:
     ValueError: the reference is empty.
@@ -99,7 +98,7 @@ def normal_answer(response: str) -> str | None:
 
 def warm_up_parser() -> None:
   """Imports SymPy and builds the parser, so that the next answer costs only itself."""
-  _same_expression(r"x^2 + \frac{\sqrt{2}}{3}", r"\frac{\sqrt{2}}{3} + x^2 + 0")
+  _same_expression(r"\frac{\sin 2x}{2}", r"\sin x\cos x")
 
 
 # `RewardPool` calls this once in each of its workers.
@@ -109,17 +108,9 @@ math_reward.warm_up = warm_up_parser
 def _answer_of(reference: str) -> str:
   if not reference.strip():
     raise ValueError("the reference is empty; expected the true answer of the problem.")
-  is_solution = "####" in reference or "boxed" in reference
-  if is_solution or len(reference) > _MAX_ANSWER_LENGTH:
-    return final_answer(reference) or reference
-  return reference
-
-
-def _is_comparable(text: str) -> bool:
-  if len(text) > _MAX_ANSWER_LENGTH:
-    return False
-  steps = ((c in "([{") - (c in ")]}") for c in text)
-  return max(itertools.accumulate(steps), default=0) <= _MAX_DEPTH
+  is_long = len(reference) > _MAX_ANSWER_LENGTH
+  is_solution = is_long or "####" in reference or "boxed" in reference
+  return (is_solution and final_answer(reference)) or reference
 
 
 # 3 4, 3"4, 3[4] and 3_x: math-verify would make one number of them.
@@ -134,7 +125,7 @@ _THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 @functools.lru_cache(maxsize=8192)
 def _are_equal(prediction: str, reference: str, done: bool) -> bool:
   """`math_equal`; where `done`, work left undone equals nothing."""
-  if not _is_comparable(prediction):
+  if len(prediction) > _MAX_ANSWER_LENGTH:
     return False
   ours, theirs = normalize(prediction), normalize(reference)
   if not ours or canonical(ours) == canonical(theirs):
@@ -189,12 +180,11 @@ _LABEL = re.compile(
   r"(?:\\[a-z]+ ?)?[A-Za-z][A-Za-z ]*(?:_\w+|')?(?:\^\{-1\})? ?(?:\( ?[a-z] ?\))?"
   r"|\\[a-z]+|\( ?[A-Za-z](?: ?, ?[A-Za-z])+ ?\)"
 )
-_ARGUMENT = re.compile(r"\s?\(\s?[a-z]\s?\)$")  # f(x) is f(t).
 _AND_OR = re.compile(r",?\s*\b(?:and|or)\b\s*")
 _MEMBER = re.compile(r"\s*([A-Za-z])\s*\\in(?![a-z])\s*")
 _RELATION = re.compile(r"\s*(\\[lg]e(?![a-z])|[<>])\s*")
 _VARIABLE = re.compile(r"[A-Za-z](?:\([a-z]\))?|\\[a-z]+")
-_MIRRORED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
+_RISING = ("<", r"\le")
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -215,9 +205,10 @@ def _named(text: str) -> tuple[str, str]:
       return "", text
   if not sides or (len(sides) > 1 and ("," in text or _AND_OR.search(text))):
     return "", text  # x = 1, y = 2
-  if not all(_same_expression(side, sides[-1]) for side in sides[:-1]):
+  agree = all(_same_expression(side, sides[-1]) for side in sides[:-1])
+  if not agree or HEDGE.search(name):  # "not x = 7"
     return "", ""
-  return _ARGUMENT.sub("", name), sides[-1]
+  return name.partition("(")[0].strip(), sides[-1]  # f(x) is f(t).
 
 
 def _solution_set(text: str) -> tuple[str, str] | None:
@@ -231,20 +222,23 @@ def _solution_set(text: str) -> tuple[str, str] | None:
       return None
     return sets[0][0], r"\cup".join(interval for _, interval in sets)
   pieces = _RELATION.split(text)
-  is_falling = len(pieces) == 5 and pieces[1] in (">", r"\ge")
-  if is_falling or (len(pieces) == 3 and _VARIABLE.fullmatch(pieces[0])):
-    pieces = [_MIRRORED.get(piece, piece) for piece in reversed(pieces)]
-  # Now `low < x`, `x < high` mirrored to `high > x`, or `low < x < high`.
-  if len(pieces) not in (3, 5) or not _VARIABLE.fullmatch(pieces[2]):
+  if len(pieces) == 3:
+    is_first = _VARIABLE.fullmatch(pieces[0])
+    pieces = [None, None, *pieces] if is_first else [*pieces, None, None]
+  if len(pieces) != 5 or not _VARIABLE.fullmatch(pieces[2]):
     return None
-  low, relation, variable, *rest = pieces
-  opening, closing = "(["["e" in relation], ")]"["e" in pieces[-2]]
-  if relation in (">", r"\ge"):
-    return None if rest else (variable, rf"(-\infty,{low}{closing}")
-  if rest and rest[0] in (">", r"\ge"):
+  before, first, variable, second, after = pieces
+  if first and second and (first in _RISING) != (second in _RISING):
     return None
-  high = f"{rest[1]}{closing}" if rest else r"\infty)"
-  return variable, f"{opening}{low},{high}"
+  low, high = r"(-\infty", r"\infty)"
+  sides = (before, first, first in _RISING), (after, second, second not in _RISING)
+  for bound, relation, is_low in sides:
+    is_closed = relation in (r"\le", r"\ge")
+    if bound and is_low:
+      low = "(["[is_closed] + bound
+    elif bound:
+      high = bound + ")]"[is_closed]
+  return variable, f"{low},{high}"
 
 
 # --- Lists, sets, tuples, intervals, unions, matrices ---
@@ -281,16 +275,15 @@ def _same_parts(ours: _Parts, theirs: _Parts, done: bool) -> bool:
   if ours.kind == theirs.kind and ours.kind in ("list", "union"):
     same = [[_same(a, b, done) for b in theirs.elements] for a in ours.elements]
     return all(map(any, same)) and all(map(any, zip(*same, strict=True)))
-  size = len(theirs.elements)
-  vectors = (1, size), (size, 1)
+  size, kinds = len(theirs.elements), {ours.kind, theirs.kind}
   is_alike = (
     ours.kind == theirs.kind
     or (ours.kind == "list" and theirs.kind == "()")  # -2, -2 is the point (-2, -2).
-    or (ours.kind in vectors and theirs.kind in ("()", "[]"))
-    or (theirs.kind in vectors and ours.kind in ("()", "[]"))
+    or (kinds & {"()", "[]"} and kinds & {(1, size), (size, 1)})
   )
   pairs = zip(ours.elements, theirs.elements, strict=False)
-  return is_alike and len(ours.elements) == size and all(_same(*p, done) for p in pairs)
+  is_alike = bool(is_alike) and len(ours.elements) == size
+  return is_alike and all(_same(*pair, done) for pair in pairs)
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -309,20 +302,19 @@ def _split(text: str, separator: str) -> list[str]:
 
 def _with_both_signs(elements: list[str]) -> list[str]:
   r"""Replaces an element with `\pm` by two."""
-  both = []
-  for element in elements:
-    signs = ("+", "-") if r"\pm" in element else ("",)
-    both += [element.replace(r"\pm", sign) for sign in signs]
-  return both
+  return [
+    each.replace(r"\pm", sign)
+    for each in elements
+    for sign in ("+-" if r"\pm" in each else "+")
+  ]
 
 
 # --- Single values ---
 
 _IN_BASE = re.compile(r"(-?\d[\dA-F.]*)_\{?\w+\}?")
-_IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")
 # (1+2i)(3-i), |3+4i| and \frac{1}{1+i} are work left undone; (1+i)/2 is not.
 _COMPLEX_WORK = re.compile(
-  r"[(|]|\\(?!(?:frac|sqrt|pi|cdot)(?![a-z]))[a-z]|\}\s*\{[^{}]*i[^{}]*\}|/[^/]*i"
+  r"[()|]|\\(?!(?:frac|sqrt|pi|cdot)(?![a-z]))[a-z]|\}\s*\{[^{}]*i[^{}]*\}|/[^/]*i"
 )
 
 
@@ -338,15 +330,14 @@ def _same_value(ours: str, theirs: str, done: bool) -> bool:
     return False
   if _same_expression(ours, theirs):
     return True
-  if our_percent != their_percent:  # 50% is 50 and 0.5.
-    ours = f"({ours})/100" if our_percent else ours
-    theirs = f"({theirs})/100" if their_percent else theirs
-    return numeric.compare(ours, theirs) is True
-  return False
+  # 50% is 50 and 0.5.
+  ours = f"({ours})/100" if our_percent else ours
+  theirs = f"({theirs})/100" if their_percent else theirs
+  return our_percent != their_percent and numeric.compare(ours, theirs) is True
 
 
 def _percent(text: str) -> tuple[str, bool]:
-  text = without_unit(text).strip()
+  text = normalize(text)  # An element may have a unit of its own.
   return text.rstrip("% "), text.endswith("%")
 
 
@@ -354,8 +345,8 @@ def _is_undone(ours: str, theirs: str) -> bool:
   """Whether the prediction leaves arithmetic, or a function of numbers, to be done."""
   if numeric.is_undone(ours, theirs):
     return True
-  is_complex = _IMAGINARY.search(theirs) and "(" not in theirs
-  return bool(is_complex and _COMPLEX_WORK.search(ours))
+  is_number = re.search(r"(?<![A-Za-z\\])i(?![A-Za-z])", theirs) and "(" not in theirs
+  return bool(is_number and _COMPLEX_WORK.search(ours.strip("()")))
 
 
 _DECIMAL = re.compile(r"(\d*)\.(\d+)")
@@ -366,11 +357,7 @@ _TIMES_LEFT_OUT = re.compile(
 
 
 def _same_expression(ours: str, theirs: str) -> bool:
-  """Compares two expressions, equations or inequalities exactly.
-
-  SymPy decides where `numeric` cannot; `math_verify.verify` would compare decimals and
-  irrational values up to an absolute difference.
-  """
+  """Compares exactly; `math_verify.verify` would allow an absolute difference."""
   same = numeric.compare(ours, theirs)
   if same is not None:
     return same
@@ -383,29 +370,39 @@ def _same_expression(ours: str, theirs: str) -> bool:
 def _same_object(ours: Any, theirs: Any) -> bool:
   import sympy
 
-  if isinstance(ours, sympy.Rel) and isinstance(theirs, sympy.Rel):
-    if type(ours) is not type(theirs):
-      theirs = theirs.reversed
-    factor = sympy.simplify((ours.lhs - ours.rhs) / (theirs.lhs - theirs.rhs))
-    if type(ours) is not type(theirs) or not factor.is_number:
-      return False
-    return bool(factor.is_nonzero if isinstance(ours, sympy.Eq) else factor > 0)
+  if isinstance(ours, sympy.Eq) and isinstance(theirs, sympy.Eq):
+    left, right = ((each.lhs - each.rhs).doit() for each in (ours, theirs))
+    factor = _at_point(left, 1) / _at_point(right, 1)
+    return factor.evalf(30) != 0 and _same_object(left, factor * right)
   if isinstance(ours, sympy.Expr) and isinstance(theirs, sympy.Expr):
-    return (ours - theirs).doit().equals(0) is True
+    ours, theirs = ours.doit(), theirs.doit()
+    value, other = _at_point(ours, 0).evalf(30), _at_point(theirs, 0).evalf(30)
+    is_far = bool(abs(value - other) > abs(value) / 10**15)  # `equals` takes seconds.
+    return not is_far and (ours - theirs).equals(0) is True
   return ours == theirs
+
+
+def _at_point(expression: Any, point: int) -> Any:
+  """Returns the value at a rational point; small numbers, as SymPy factors them."""
+  names = map(str, expression.free_symbols)
+  values = {x: numeric.value_of_letter(x, point).limit_denominator(50) for x in names}
+  return expression.subs({x: values[str(x)] for x in expression.free_symbols})
 
 
 @functools.lru_cache(maxsize=1024)
 def _parse(text: str) -> list[Any]:
-  library = _math_verify()
+  steps = ((c in "([{") - (c in ")]}") for c in text)
+  if max(itertools.accumulate(steps)) > _MAX_DEPTH:
+    return []
   # A decimal is the fraction that it is; math-verify would make a float of it.
   text = _DECIMAL.sub(
     lambda each: rf"\frac{{{each[1]}{each[2]}}}{{1{'0' * len(each[2])}}}", text
   )
   text = _TIMES_LEFT_OUT.sub(r" \\cdot ", text)
+  library, config = _math_verify()
   return library.parse(
     f"${text}$",
-    [library.LatexExtractionConfig()],
+    [config],
     fallback_mode="no_fallback",
     parsing_timeout=None,  # It rests on signals, which fail off the main thread.
   )
@@ -413,9 +410,13 @@ def _parse(text: str) -> list[Any]:
 
 @functools.cache
 def _math_verify() -> Any:
+  """Imports math-verify; returns it, and how it is to read LaTeX."""
   import math_verify
 
   # It warns about the missing time limit, and logs what it cannot parse.
   for name in ("math_verify", "latex2sympy2_extended"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
-  return math_verify
+  config = math_verify.LatexExtractionConfig()
+  # Of `\ln 2 t` it would drop the t as a unit.
+  as_written = dataclasses.replace(config.normalization_config, units=False)
+  return math_verify, dataclasses.replace(config, normalization_config=as_written)

@@ -14,12 +14,11 @@ _SIGNS = (
   "\u222a\u2208\u00b0\u00b2\u00b3"
 )
 _COMMANDS = r"- - / \times \cdot \pm \sqrt \pi \infty \le \ge \ne \cup \in ^\circ ^2 ^3"
-_SIGNS = dict(zip(_SIGNS, _COMMANDS.split(), strict=True))
-_SIGNS = {sign: f"{command} " for sign, command in _SIGNS.items()}
+_SIGNS = {s: f"{c} " for s, c in zip(_SIGNS, _COMMANDS.split(), strict=True)}
 _SIGNS = str.maketrans(_SIGNS | dict.fromkeys("\x00\u20ac\u00a3\u00a5", " "))
 _TEXT = r"\\(?:text\w*|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
 # Words that make a number another number, or that hedge or deny it.
-_NO_UNIT = re.compile(
+HEDGE = re.compile(
   r"\d|\b(?:or|and|but|if|else|unless|otherwise|maybe|perhaps|possibly|probably|either"
   r"|neither|nor|not|no|never|wrong|incorrect|false|minus|plus|times|over|mod|point"
   r"|dozen|hundred|thousand|[mbt]rillion|million|billion|half|halves|thirds?|\w+ths"
@@ -28,9 +27,9 @@ _NO_UNIT = re.compile(
 )
 # `12\text{ cm}^2`, `18 dollars`, `3 m/s`; a letter is a unit only in \text: 5s is 5*s.
 _UNIT_WORD = r"(?:(?<=\s)(?:[A-Za-z]{3,}|m|g|ft|in|mi|yd|lb|oz|hr|sq)|[ckm]m|kg|ml)\b"
-_GAP = r"(?:\s|\\[,;: ]|~)*"
 _UNIT = re.compile(
-  rf"(?:(?<=[\w)}}%]){_GAP}{_TEXT}|(?<=[\d)}}%]){_GAP}({_UNIT_WORD}[A-Za-z ./]*))"
+  r"(?:(?<=[\d)}%])|(?<=\\pi))(?:\s|\\[,;: ]|~)*"
+  rf"(?:{_TEXT}|({_UNIT_WORD}[A-Za-z ./]*))"
   r"(?:\s*\^\s*\{?[23]\}?)?\s*\.?$"
 )
 _REWRITES = [
@@ -54,14 +53,12 @@ _REWRITES = [
   (r"\\gt(?![a-z])", ">"),
   (r"\\(?:mathbb|Bbb)\s*\{?R\}?", r"(-\\infty,\\infty)"),
   (r"\\varnothing(?![a-z])|\\\{\s*\\\}", r"\\emptyset"),
-  (r"\\colon(?![a-z])", ":"),
   (r"(?<=\w_)\{(\w)\}", r"\1"),
-  (r"\\(?:land|wedge)(?![a-z])", " and "),
   (r"\+ ?\\infty", r"\\infty"),
   (r";", ", "),
 ]
 _REWRITES = [(re.compile(pattern), new) for pattern, new in _REWRITES]
-_WORD = re.compile(r"(?<!\\)\b[A-Za-z]{3,}")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3}")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{\w+\*?\}|\\[A-Za-z]+")
 
 
@@ -76,7 +73,7 @@ def normalize(text: str) -> str:
     return number[1]  # Most answers, in a tenth of the time.
   if not text.isascii() or "\x00" in text:
     text = text.translate(_SIGNS)
-  text = without_unit(_unwrapped(text))
+  text = _without_unit(_unwrapped(text))
   for pattern, new in _REWRITES:
     text = pattern.sub(new, text)
   return _unwrapped(" ".join(text.split()))
@@ -96,10 +93,10 @@ def _unwrapped(text: str) -> str:
   return text
 
 
-def without_unit(text: str) -> str:
+def _without_unit(text: str) -> str:
   r"""Removes the unit behind a number: `12\text{ cm}^2`, "18 dollars"."""
   unit = _UNIT.search(text)
-  if unit is None or ":" in text or _NO_UNIT.search(unit[1] or unit[2] or ""):
+  if unit is None or ":" in text or HEDGE.search(unit[1] or unit[2] or ""):
     return text
   return text[: unit.start()]
 

@@ -24,7 +24,6 @@ _TOKEN = re.compile(
 )
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3}")  # `abs x` is no product of letters.
 _CLOSING = {"(": ")", "{": "}", "[": "]"}
-_TEN_TO = [("number", "10"), ("mark", "^")]
 _MAX_BITS = 20_000  # of an integer: 6,000 digits
 _POINTS = 2
 _CONTEXT = decimal.Context(prec=60, Emax=10**9, Emin=-(10**9))
@@ -52,14 +51,13 @@ class Reading(NamedTuple):
 
 
 def compare(first: str, second: str) -> bool | None:
-  r"""Decides whether two expressions have the same value for all values of the letters.
+  r"""Decides whether two expressions are equal for all values of their letters.
 
   The letters, and `\pi` and e, take two sets of random rational values of 30 bits. Two
   rational functions that agree at both are the same, but for a chance far below 1e-9.
 
   Returns:
-    None where one of them cannot be parsed or has no value, and where two irrational
-    values are too close to tell.
+    None where one cannot be parsed or has no value, or where the digits do not suffice.
 
   >>> compare(r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"), compare("2x", "x^2")
   (True, False)
@@ -83,7 +81,7 @@ def compare(first: str, second: str) -> bool | None:
       if one and other and difference > size * _DIFFERENT:
         return False
       if num_exact or difference > size * _EQUAL:
-        return None  # No number of digits proves an irrational value rational.
+        return None  # No number of digits proves a root rational.
   return True
 
 
@@ -128,7 +126,7 @@ def read(text: str) -> Reading | None:
 
 
 @functools.cache
-def _value_of_letter(name: str, point: int) -> Fraction:
+def value_of_letter(name: str, point: int) -> Fraction:
   """A random value: positive, so that sqrt(x^2) is x. pi and e are letters too."""
   numerator = random.Random(f"{name} {point}").randrange(6 * 10**8, 24 * 10**8)
   return Fraction(numerator, 10**9 + 7)
@@ -167,13 +165,6 @@ def _exact_root(value: Fraction, index: int) -> Fraction | None:
   return Fraction(top, bottom) if Fraction(top, bottom) ** index == value else None
 
 
-def _mixed(token: str) -> Fraction:
-  whole, top, bottom = map(int, re.findall(r"\d+", token))
-  if top >= bottom:
-    raise _Refused
-  return whole + Fraction(top, bottom)
-
-
 class _Parser:
   """Recursive descent; each method parses its part and returns the value."""
 
@@ -189,10 +180,11 @@ class _Parser:
         raise _Unread
       self._tokens.append((match.lastgroup, match[match.lastgroup]))
       end = match.end()
+    self._tokens.append((None, None))
 
   def whole(self) -> Value:
     value = self._sum()
-    if self._place < len(self._tokens):
+    if self._next()[0]:
       raise _Unread
     return value
 
@@ -208,8 +200,8 @@ class _Parser:
     while True:
       kind, token = self._next()
       if self._take("mark", "*") or self._take("command", "cdot", "times"):
-        is_scientific = self._tokens[self._place :][:2] == _TEN_TO
-        name = "power" if is_scientific else "product"
+        following = [token for _, token in self._tokens[self._place :][:2]]
+        name = "power" if following == ["10", "^"] else "product"
         value, divided = self._apply(name, operator.mul, value, self._signed()), False
       elif self._take("mark", "/"):
         value = self._apply("quotient", operator.truediv, value, self._signed())
@@ -230,8 +222,10 @@ class _Parser:
     base = self._primary()
     if not self._take("mark", "^"):
       return base
-    # x^10 is x^{10}, though LaTeX sets it as x^1 0.
+    # x^10 is x^{10}, though LaTeX sets it as x^1 0. 8^{1/3} is a root, no quotient.
+    before = set(self.operations)
     exponent = self._signed() if self._next()[1] == "-" else self._primary()
+    self.operations = before
     if self._next()[1] == "^":
       raise _Unread
     return self._apply("power", _power, base, exponent)
@@ -242,7 +236,12 @@ class _Parser:
     if kind in ("number", "mixed"):
       if self._next()[0] in ("number", "mixed"):
         raise _Refused
-      return Fraction(token) if kind == "number" else _mixed(token)
+      if kind == "number":
+        return Fraction(token)
+      whole, top, bottom = map(int, re.findall(r"\d+", token))
+      if top >= bottom:
+        raise _Refused
+      return whole + Fraction(top, bottom)
     if token in ("(", "{"):
       return self._closed(token)
     if (kind, token) == ("command", "frac"):
@@ -257,7 +256,7 @@ class _Parser:
       raise _Unread  # The imaginary unit; a function, not a product.
     if token == "pi" or kind == "letter":
       self.has_letters |= token not in ("pi", "e")
-      return _value_of_letter(token, self._point)
+      return value_of_letter(token, self._point)
     raise _Unread
 
   def _closed(self, opening: str | None) -> Value:
@@ -276,9 +275,7 @@ class _Parser:
     return value
 
   def _next(self) -> tuple[str | None, str | None]:
-    if self._place < len(self._tokens):
-      return self._tokens[self._place]
-    return None, None
+    return self._tokens[self._place]
 
   def _take(self, kind: str, *tokens: str) -> str | None:
     if self._next()[0] == kind and self._next()[1] in tokens:

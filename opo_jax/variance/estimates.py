@@ -91,7 +91,7 @@ def token_moments(
   *,
   group_size: int,
   chunk: int,
-  memory_gib: float,
+  memory_gib: float = 4.0,
 ) -> dict[str, np.ndarray]:
   """`moments` of `advantages.optimal_token`, from the gradients of one shuffle.
 

@@ -41,7 +41,7 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_bfloat16(name):
 
 @torch.no_grad()
 def greedy_texts(directory, questions, max_new_tokens):
-  """What a person gets who knows `transformers` alone."""
+  """Greedy texts with `transformers` alone."""
   tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
   model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
   assert model.dtype == torch.float32

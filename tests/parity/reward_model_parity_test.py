@@ -43,7 +43,7 @@ def test_an_exported_reward_model_is_the_same_there(name, tmp_path):
   for weight, tensor in again.state_dict().items():
     assert torch.equal(tensor, expected[weight]), weight
 
-  # As a person scores answers who knows `transformers` alone.
+  # Scored with `transformers` alone.
   texts = ["<bos><user>tea jam<assistant>tea jam enjoy<end>", "<bos><user>tea<end>"]
   tokenizer.padding_side = "right"
   batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
