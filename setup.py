@@ -50,7 +50,7 @@ setup(
   extras_require={
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
-    # Compiles for TPUs that are not there, on a CPU: a wheel of 205 MB.
+    # Compiles for absent TPUs on a CPU: a wheel of 205 MB.
     "plan": ["libtpu>=0.0.42,<0.1"],
     # For `make test-parity` alone; the CPU build of PyTorch will do.
     "parity": ["torch==2.13.0", "peft>=0.21,<0.22"],

@@ -1,11 +1,11 @@
-"""What importing the algorithm costs beside importing JAX, in ms.
+"""How long importing the algorithm takes beyond importing JAX, in ms.
 
     python benchmarks/imports.py [--repeats 5]
 
-Each figure is from one process of its own (`python -X importtime`): the time of the
-room with all it imports, and of that what `import jax` and `import jax.numpy` took. The
-least of several, as a busy machine only ever adds. The promise is: JAX plus 200 ms. It
-exits with 1 where that is broken.
+Each figure comes from a process of its own (`python -X importtime`): the cumulative
+time of the module, and the part of it that `import jax` and `import jax.numpy` took.
+The minimum of several runs counts, since a busy machine only adds time. The limit
+is JAX plus 200 ms; the script exits with 1 above it.
 """
 
 import argparse
@@ -13,8 +13,8 @@ import re
 import subprocess
 import sys
 
-PROMISE = 200.0
-ROOMS = ("opo_jax.advantages", "opo_jax.losses", "opo_jax.logprobs")
+LIMIT_MS = 200.0
+MODULES = ("opo_jax.advantages", "opo_jax.losses", "opo_jax.logprobs")
 
 
 def milliseconds(module):
@@ -24,19 +24,19 @@ def milliseconds(module):
   # import time: self [us] | cumulative | imported package, nested ones first, indented.
   lines = re.findall(r"^import time:\s*\d+ \|\s*(\d+) \|( +)(\S+)$", done.stderr, re.M)
   outer = {name: int(time) / 1e3 for time, indent, name in lines if len(indent) == 1}
-  room = sum(time for name, time in outer.items() if name.startswith("opo_jax"))
-  return room + outer["jax"], outer["jax"]
+  own = sum(time for name, time in outer.items() if name.startswith("opo_jax"))
+  return own + outer["jax"], outer["jax"]
 
 
 def main(repeats: int) -> int:
   extras = []
-  print("room                  import jax    and the room    on top of jax")
-  for module in ROOMS:
+  print("module                import jax    with the module    beyond jax")
+  for module in MODULES:
     runs = [milliseconds(module) for _ in range(repeats)]
     both, jax = (min(column) for column in zip(*runs, strict=True))
     extras.append(min(both - jax for both, jax in runs))
-    print(f"{module:20} {jax:8.0f} ms {both:12.0f} ms {extras[-1]:13.1f} ms")
-  return int(max(extras) > PROMISE)
+    print(f"{module:20} {jax:8.0f} ms {both:15.0f} ms {extras[-1]:10.1f} ms")
+  return int(max(extras) > LIMIT_MS)
 
 
 if __name__ == "__main__":

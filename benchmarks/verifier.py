@@ -1,11 +1,11 @@
-"""How many answers a second the verifier judges, and what it costs in CPU seconds.
+"""Throughput of the math verifier: answers a second, and answers a CPU second.
 
     OPO_DATA_DIR=… python benchmarks/verifier.py [--workers 2] [--group 8]
 
-GSM8K and MATH-500, each problem with a group of responses as a policy writes them: half
-of them right (some spelled in another way), half wrong (another number, another
-problem's answer of the same set). CPU seconds count workers and this process together:
-on a shared machine they say more than the clock.
+GSM8K and MATH-500. Each problem has a group of responses like a policy's: half are
+right (some in another notation), half wrong (another number, or the answer of another
+problem). CPU seconds count the workers and this process; on a shared machine they are
+more reliable than wall-clock time.
 """
 
 import argparse
@@ -22,7 +22,7 @@ THOUGHT = "We add what is known to what is asked, and check it once more. " * 40
 
 
 def responses(references, group, draw):
-  """(response, reference) pairs, a group for each problem."""
+  """Returns (response, reference) pairs, a group for each problem."""
   pairs = []
   for reference in references:
     for _ in range(group):
@@ -43,7 +43,7 @@ def responses(references, group, draw):
 
 
 def cpu_s():
-  """Of this process and of the workers that have ended."""
+  """Returns the CPU seconds of this process and of the workers that have ended."""
   used = [resource.getrusage(resource.RUSAGE_SELF)]
   used.append(resource.getrusage(resource.RUSAGE_CHILDREN))
   return sum(each.ru_utime + each.ru_stime for each in used)
@@ -66,7 +66,7 @@ def main():
   for name, references in sets.items():
     pairs = responses(references, options.group, random.Random(0))
     texts, wanted = zip(*pairs, strict=True)
-    # Starting a worker (SymPy) is no part of judging: an empty run costs that alone.
+    # Subtract the start of a worker (importing SymPy), measured by a run of one answer.
     idle = cpu_s()
     with RewardPool(math_reward, workers=options.workers, timeout_s=10.0) as pool:
       pool.score(texts[:1], wanted[:1])

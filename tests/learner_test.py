@@ -12,13 +12,12 @@ import numpy as np
 import optax
 import pytest
 
-from opo_jax import learner
+from opo_jax import build, config, learner
 from opo_jax.devices import sharding
 from opo_jax.learner import OBJECTIVES, Algorithm, PolicyGradientLearner, forward
 from opo_jax.learner.optimizer import adamw, learning_rate_schedule, sft_schedule
 from opo_jax.models import ModelConfig, Policy
 from opo_jax.rollouts import Rollouts, rows
-from opo_jax.sampler import generate
 
 CONFIG = ModelConfig(
   vocab_size=32,
@@ -86,20 +85,36 @@ def bigram(dtype=jnp.float32):
 
 @functools.cache
 def batch():
-  """8 prompts x 4 responses of the transformer, uneven lengths, and rewards; group 1
-  has equal ones."""
-  prompts = [list(range(3, 4 + i)) for i in range(8)]
-  rollouts = generate(
-    transformer(),
-    prompts,
-    samples_per_prompt=4,
-    max_new_tokens=10,
-    temperature=1.3,
-    seed=7,
+  """8 prompts x 4 responses of uneven lengths with the log-probs of the transformer,
+  computed one response a row, and rewards; group 1 has equal ones."""
+  rng, G, N, T = np.random.default_rng(7), 8, 32, 10
+  lengths = rng.integers(1, T + 1, N)
+  lengths[[5, 9, 20, 21]] = 1  # nothing but the end token
+  finished = (rng.random(N) < 0.8) | (lengths == 1)
+  tokens = rng.integers(3, 32, (N, T))
+  tokens[finished, lengths[finished] - 1] = rng.choice(EOS, finished.sum())
+  mask = np.arange(T) < lengths[:, None]
+  prompts = np.zeros((G, G), int)
+  for i in range(G):
+    prompts[i, G - i - 1 :] = 3 + np.arange(i + 1)  # 3, 3 4, 3 4 5, ...
+  nothing = jnp.zeros((N, T), jnp.float32)
+  rollouts = Rollouts(
+    prompts=jnp.asarray(prompts, jnp.int32),
+    prompt_lengths=jnp.arange(1, G + 1, dtype=jnp.int32),
+    tokens=jnp.asarray(np.where(mask, tokens, 0), jnp.int32),
+    logprobs=nothing,
+    sampling_logprobs=nothing,
+    mask=jnp.asarray(mask),
+    lengths=jnp.asarray(lengths, jnp.int32),
+    prompt_ids=jnp.asarray(np.repeat(np.arange(G), 4), jnp.int32),
+    finished=jnp.asarray(finished),
+    temperature=jnp.float32(1.3),
+    version=jnp.int32(0),
   )
-  rewards = np.array(jax.random.bernoulli(jax.random.key(0), 0.4, (32,)), np.float32)
+  rewards = (rng.random(N) < 0.4).astype(np.float32)
   rewards[4:8] = 1.0
-  return dataclasses.replace(rollouts, version=jnp.int32(0)), rewards
+  logprobs = learner.response_logprobs(transformer(), rollouts)
+  return with_logprobs(rollouts, logprobs), rewards
 
 
 def with_logprobs(rollouts, logprobs):
@@ -396,13 +411,22 @@ def test_several_updates_leave_the_policy_and_are_clipped():
   assert metrics["onpolicy/clip_fraction"] > 0
 
 
-def test_constant_aggregation_divides_by_its_normalizer(bigram_reference):
+def test_constant_aggregation_divides_by_rows_times_longest_response(bigram_reference):
   """32 rows x 10 tokens, in micro-batches, where token_mean divides by tokens."""
-  constant = Algorithm(aggregation="constant", normalizer=320.0, micro_batch_tokens=40)
+  run = config.Config(
+    algorithm=config.Algorithm(aggregation="constant", micro_batch_tokens=40),
+    rollout=config.Rollout(prompts_per_step=8, group_size=4, max_new_tokens=10),
+  )
+  algorithm = build.algorithm(run)
+  assert algorithm.normalizer == 320
   tokens = float(batch()[0].mask.sum())
   assert tokens < 300
   expected = bigram_reference.gradient * tokens / 320
-  assert_same(bigram_step(constant).gradient, expected)
+  assert_same(bigram_step(algorithm).gradient, expected)
+  # Two updates share the rows, and each has its own denominator.
+  halves = dataclasses.replace(run.algorithm, loss="cispo", updates_per_batch=2)
+  run = dataclasses.replace(run, algorithm=halves)
+  assert build.algorithm(run).normalizer == 160
 
 
 def test_an_objective_takes_its_own_options_and_those_that_are_set():
@@ -414,7 +438,12 @@ def test_an_objective_takes_its_own_options_and_those_that_are_set():
     ("tis", every, dict(tis_cap=3.0)),
     ("policy_gradient", every, {}),
   ]
-  found = [Algorithm(objective=name, **o).objective_options for name, o, _ in cases]
+  found = [
+    build.algorithm(
+      config.Config(algorithm=config.Algorithm(loss=name, **options))
+    ).objective_options
+    for name, options, _ in cases
+  ]
   assert found == [expected for *_, expected in cases]
 
 
@@ -470,18 +499,15 @@ def test_the_end_token_gets_a_gradient():
   assert alone.any()
   likelihood = Algorithm(estimator="reinforce")
   gradient = bigram_step(likelihood, rewards=np.where(alone, 1.0, np.nan)).gradient
-  tables = np.split(gradient, 2)
-
-  def end_probability(policy):
-    hidden = policy.embedding[4] + policy.position[1]  # of the prompt 3 4
-    return jax.nn.softmax(policy.unembedding @ hidden)[jnp.array(EOS)].sum()
-
-  better = jax.tree.map(
-    lambda leaf, table: leaf - 0.5 * table.reshape(leaf.shape),
-    bigram(),
-    Bigram(*tables),
+  tables = Bigram(*(table.reshape(32, 8) for table in np.split(gradient, 2)))
+  better = jax.tree.map(lambda table, slope: table - 0.1 * slope, bigram(), tables)
+  before, after = (
+    np.asarray(learner.response_logprobs(policy, rollouts))[alone, 0].mean()
+    for policy in (bigram(), better)
   )
-  assert end_probability(better) > end_probability(bigram()) * 1.05
+  # A step of 0.1 against the gradient of a mean: 0.1 |gradient|^2, to first order.
+  assert after - before == pytest.approx(0.1 * (gradient**2).sum(), rel=0.2)
+  assert after > before + 1e-3
 
 
 def test_entropy_of_what_is_left_out_is_what_the_sampler_recorded(reference):
@@ -572,10 +598,10 @@ def lowered(algorithm=OPO, *, vocab_size=32, samples=4, prompt=16, response=16):
   def spec(shape, dtype=jnp.int32):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
-  config = dataclasses.replace(CONFIG, vocab_size=vocab_size)
+  model = dataclasses.replace(CONFIG, vocab_size=vocab_size)
   one = PolicyGradientLearner(algorithm, SGD)
   state = jax.eval_shape(
-    lambda key: one.init(Policy(config, key, eos_ids=EOS)), jax.random.key(0)
+    lambda key: one.init(Policy(model, key, eos_ids=EOS)), jax.random.key(0)
   )
   state = jax.tree.map(lambda leaf: spec(leaf.shape, leaf.dtype), state)
   N, G = 8 * samples, 8

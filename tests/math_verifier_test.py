@@ -34,6 +34,8 @@ def test_the_last_box_or_else_the_last_mark_holds_the_final_answer():
     (r"\boxed{3}. The answer is 4", "3"),
     (r"\boxed{3}, and this is the final answer.", "3"),
     (r"so \boxed{3}. Alternatively, we could add 1 and 2.", "3"),
+    (r"so \boxed{3}. Alternatively, use algebra.", "3"),
+    (r"so \boxed{3}. Otherwise it fails.", "3"),
     (r"$J$ is $\boxed{120}$ (or else $J$ would have more).", "120"),
     (r"so it is $-\frac32 - \frac12 - \boxed{2}$", "2"),
     (r"\boxed{\{1,2\}}", r"\{1,2\}"),
@@ -55,6 +57,7 @@ def test_the_last_box_or_else_the_last_mark_holds_the_final_answer():
     (r"The final answer is $\frac{1}{2}$. I hope it is correct.", r"$\frac{1}{2}$"),
     ("**Final Answer**: $42", "$42"),
     ("**Answer:** 42", "42"),
+    ("**Answer: 42**", "42"),
     ("Answer:\n$$\n42\n$$\nDone.", "$$\n42\n$$"),
     ("The answer to the question is 18 dollars per day.", "18 dollars per day"),
     ("The answer is 41. A wrong answer is 42.", "41"),
@@ -335,6 +338,7 @@ def test_powers_roots_and_algebraic_forms_are_done():
     (r"\log 2", r"\log 2"),
     (r"2\ln 2", r"\ln 4"),
     (r"\frac{1+i}{2}", r"\frac12 + \frac{i}{2}"),
+    ("(6-5i)", "-5i+6"),
     (r"\frac 1 2", "0.5"),
     (r"3\text{ cats}", "3"),
     ("x + 3", "3 + x"),
@@ -425,7 +429,7 @@ def test_numbers_too_large_to_compute_equal_nothing_and_are_not_computed():
     capture_output=True,
     text=True,
     check=True,
-    timeout=120,  # It takes two seconds.
+    timeout=120,  # It takes a second.
   )
   assert done.stdout.split() == ["0.0", "False"] * 8
 
@@ -493,11 +497,11 @@ def test_a_long_response_of_anything_is_judged_in_linear_time():
   pieces += ["<answer>", "answer is 3 or ", "not ", "\\frac{1}{", "\\text{", "is the "]
   script = (
     "import json, sys\n"
-    "from opo_jax.rewards import math_equal, math_reward, normal_answer\n"
+    "from opo_jax.rewards import math_equal, math_reward\n"
     "for piece in json.load(sys.stdin):\n"
-    "  for text in (piece * (200_000 // len(piece)), 'answer is' + piece * 20_000):\n"
+    "  text = piece * (200_000 // len(piece))\n"
+    "  for text in (text, 'answer is' + text):\n"
     "    assert not math_reward(text, '5') and not math_equal(text, '5')\n"
-    "    normal_answer(text)\n"
   )
   subprocess.run(
     [sys.executable, "-c", script],
@@ -591,18 +595,25 @@ def test_math_solutions_score_one_and_repeated_problems_nothing():
   with RewardPool(math_reward, workers=2, timeout_s=30.0) as pool:
     references = [row["answer"] for row in rows]
     assert sum(pool.score([row["solution"] for row in rows], references)) == 4492
-    rows += rows_of("math/train.jsonl")
+    rows = [*rows_of("math500/test.jsonl"), *rows, *rows_of("math/train.jsonl")]
     problems, references = zip(
       *((r["problem"], r["answer"]) for r in rows), strict=True
     )
     assert sum(pool.score(problems, references)) == 0
     shifted = [*references[1:], references[0]]
     boxes = [in_box(reference) for reference in references]
-    right = [i for i, score in enumerate(pool.score(boxes, shifted)) if score]
-    assert [
-      (references[i], shifted[i])
-      for i in right
-      if not numeric.compare(
-        references[i].replace("^\\circ", ""), shifted[i].replace("^\\circ", "")
-      )
-    ] == []
+    scores = pool.score(boxes, shifted)
+  pairs = zip(references, shifted, scores, strict=True)
+  right = [(one, other) for one, other, score in pairs if score]
+  assert len(right) == 108
+  assert {pair for pair in right if pair[0] != pair[1]} == {
+    ("5", "x=5"),
+    ("-1", "x = -1"),
+    ("8", "K=8"),
+    ("120", r"120^\circ"),
+    (r"120^\circ", "120"),
+    (r"\frac{3}{4}", r"\frac34"),
+    (r"25\%", "25"),
+    (r"21\text{ dogs}", "21"),
+    (r"18 \text{ degrees}", "18"),
+  }

@@ -1,8 +1,8 @@
-"""Processes: how those of a run find each other, and what they tell each other.
+"""Processes of a run: how they join, exchange small values, and end together.
 
 Several processes run the same program over one mesh (JAX's own multi-controller
 runtime). Large arrays lie sharded on the devices and are never gathered; the host reads
-small ones, and every process ends up with the same copy of them.
+small ones, of which every process receives the same copy.
 """
 
 import functools
@@ -32,8 +32,8 @@ def start_processes(
 ) -> None:
   """Joins the processes of a run, before JAX is asked for any device.
 
-  TPU pods, GKE and SLURM are recognised and need no arguments. A machine on its own
-  joins nobody.
+  TPU pods, GKE and SLURM are recognised and need no arguments. On a single machine
+  the function does nothing.
 
   Args:
     coordinator: `host:port` of process 0, where nothing is recognised.
@@ -42,8 +42,8 @@ def start_processes(
 
   Raises:
     ValueError: some of the three are missing.
-    RuntimeError: the processes did not find each other. Never goes on alone; where
-      they do not come in time, JAX ends the process itself.
+    RuntimeError: the processes did not find each other; none trains alone. After the
+      time limit, JAX ends the process itself.
   """
   given = {"coordinator": coordinator, "num_processes": num_processes}
   given = {name: value for name, value in given.items() if value}
@@ -63,8 +63,8 @@ def start_processes(
     given["local_device_ids"] = gpus
   where = coordinator or cluster
   print(
-    f"Waiting up to {_JOIN_S} s for the other processes ({where}); a run does not go on"
-    " without them.",
+    f"Waiting up to {_JOIN_S} s for the other processes ({where}); the run does not"
+    " start without them.",
     file=sys.stderr,
     flush=True,
   )
@@ -76,7 +76,7 @@ def start_processes(
     )
   except Exception as error:
     raise RuntimeError(
-      f"This process could not join the others ({where}): {error}. A run does not go on"
+      f"This process could not join the others ({where}): {error}. A run does not start"
       " alone; look at the first process that failed, and start all of them again."
     ) from error
   if num_processes and jax.process_count() != num_processes:
@@ -89,12 +89,13 @@ def start_processes(
 
 
 def _compile_alike() -> None:
-  """Keeps no compiled programs where one process might read what another compiles.
+  """Disables the compilation cache where one process might read what another compiles.
 
-  Their collectives may then be in another order, and all wait for ever. So it was on
-  CPU with JAX 0.10.2, one in an all-to-all, the other in an all-gather: the first found
-  the programs of the last start, the second did not. On other devices programs are kept
-  where a person names a directory that all see; no such run has been made yet.
+  A program read from the cache may run its collectives in another order than a freshly
+  compiled one, and all processes then wait forever. It happened on CPU with JAX 0.10.2:
+  one process was in an all-to-all, the other in an all-gather. On other devices the
+  cache stays enabled if the user names a directory that all processes see; no such run
+  has been made yet.
   """
   directory = jax.config.jax_compilation_cache_dir
   everybodys = directory and directory != str(environment.own_directory())
@@ -103,7 +104,7 @@ def _compile_alike() -> None:
 
 
 def check_single_process(command: str, flags: Sequence[str]) -> None:
-  """Refuses several processes for a command that is for one.
+  """Refuses to run a single-process command in several processes.
 
   Raises:
     ValueError: flags of `--distributed`, or a cluster that started several.
@@ -117,7 +118,7 @@ def check_single_process(command: str, flags: Sequence[str]) -> None:
 
 
 def _cluster() -> str | None:
-  """The cluster that this process was started on, where it has several processes."""
+  """The cluster that started this process as one of several; None: no such cluster."""
   if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
     return "SLURM"
   if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
@@ -129,7 +130,7 @@ def _cluster() -> str | None:
 
 
 def _gpus_of_a_task() -> list[int]:
-  """All GPUs of a node that SLURM gave one task alone; of them JAX would take one."""
+  """All GPUs of a node with a single SLURM task; JAX itself would take only one."""
   slurm = os.environ.get
   if slurm("SLURM_STEP_NUM_TASKS") != slurm("SLURM_STEP_NUM_NODES"):
     return []
@@ -137,7 +138,7 @@ def _gpus_of_a_task() -> list[int]:
 
 
 def is_first_process() -> bool:
-  """Whether this process writes what one alone should write: logs, metrics, reports."""
+  """Whether this process writes the logs, metrics and reports of the run."""
   return jax.process_index() == 0
 
 
@@ -147,10 +148,10 @@ def is_single_process() -> bool:
 
 
 def abort(error: BaseException, code: int | None) -> None:
-  """Ends a process of several at once, after an error; one alone goes on.
+  """Ends this process at once if it is one of several; returns in a single process.
 
-  In order, it would wait five minutes for the others, and they for it. So they find it
-  gone, and end as well.
+  An orderly exit would wait five minutes for the other processes, and they for this
+  one. Instead they notice that it is gone, and end too.
 
   Args:
     error: what went wrong.
@@ -165,31 +166,31 @@ def abort(error: BaseException, code: int | None) -> None:
 
 
 def assert_same_on_all_hosts(number: int, what: str) -> None:
-  """Refuses a number that is not the same in every process.
+  """Refuses a number that differs between processes.
 
   Raises:
-    ValueError: it is not, in every process.
+    ValueError: in every process, with all numbers.
   """
   numbers = all_gather(np.array([number]), None, jax.process_count()).tolist()
   if len(set(numbers)) > 1:
     raise ValueError(
-      f"The processes do not see the same: {what} is {numbers} for them, in order. All"
+      f"The processes disagree: {what} is {numbers} for them, in order. All"
       " need the same files: one run directory that all see, the same data."
     )
 
 
 def barrier(where: str) -> None:
-  """Returns once every process has come to the place of this name."""
+  """Returns once every process has reached the barrier of this name."""
   if not is_single_process():
     multihost_utils.sync_global_devices(where)
 
 
 def local_indices(mesh: Mesh | None, count: int) -> np.ndarray:
-  """Which of `count` things along the batch this process takes care of.
+  """Indices of the batch entries that belong to this process.
 
-  They are dealt out in order and evenly to the shards of the batch. A shard that lies
+  Entries are split in order and evenly over the shards of the batch. A shard that lies
   on several processes (along `tensor`) belongs to the first of them. Without a mesh,
-  they are dealt out to the processes.
+  entries are split over the processes.
 
   Returns:
     Sorted indices; over all processes, each of `range(count)` once.
@@ -200,7 +201,7 @@ def local_indices(mesh: Mesh | None, count: int) -> np.ndarray:
 
 
 def all_gather(own: np.ndarray, mesh: Mesh | None, count: int) -> np.ndarray:
-  """Everybody's values, from each process's own. Small arrays only.
+  """All processes' values, from each process's own. Small arrays only.
 
   Args:
     own: [n, ...] for the n entries of `local_indices(mesh, count)`, in order; all
@@ -230,7 +231,7 @@ def all_gather(own: np.ndarray, mesh: Mesh | None, count: int) -> np.ndarray:
 def all_gather_lists(
   own: Sequence[Sequence[int]], mesh: Mesh | None, count: int
 ) -> list[list[int]]:
-  """`all_gather` for lists of int32 numbers, of any lengths: the tokens of prompts."""
+  """`all_gather` for lists of int32 numbers of different lengths, such as prompts."""
   if is_single_process():
     return list(own)
   lengths = np.array([len(each) for each in own], np.int32)
@@ -243,7 +244,7 @@ def all_gather_lists(
 
 
 def to_host_replicated(tree: Any, mesh: Mesh | None) -> Any:
-  """Small device arrays as host arrays, whole, in every process."""
+  """Small device arrays as complete host arrays, in every process."""
   if not is_single_process():
     tree = _replicate(mesh)(tree)
   return jax.tree.map(np.asarray, tree)
@@ -255,7 +256,7 @@ def _replicate(mesh):
 
 
 def _shares(mesh: Mesh | None, count: int) -> list[np.ndarray]:
-  """[processes] the share of each, see `local_indices`."""
+  """The `local_indices` of every process."""
   if mesh is None:
     return np.array_split(np.arange(count), jax.process_count())
   order = [MESH_AXES.index(axis) for axis in RULES.batch]

@@ -1,7 +1,7 @@
-"""The environment that JAX starts in: where compiled programs are kept, flags of XLA.
+"""Environment variables for JAX: the compilation cache, and flags of XLA.
 
-JAX reads these variables once, when it starts, so this room is there before it and
-imports nothing of it. What a person has set stays as it is.
+JAX reads them once, when it is imported, so this module must run before and imports no
+JAX. Variables that the user has set stay as they are.
 """
 
 import glob
@@ -55,7 +55,7 @@ def keep_compiled_programs() -> None:
 
 
 def own_directory() -> pathlib.Path:
-  """Where programs are kept unless a person names another place."""
+  """The default directory of the compilation cache."""
   user = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   return pathlib.Path(user) / "opo_jax" / "xla"
 
@@ -71,7 +71,7 @@ def has_gpu() -> bool:
 
 
 def with_flags(given: str, flags: dict[str, str]) -> str:
-  """Flags of XLA that a person gave, and those of ours that they did not.
+  """The user's XLA flags, and ours where the user gave none.
 
   >>> with_flags("--a=1 --b", {"--a": "2", "--c": "3"})
   '--a=1 --b --c=3'

@@ -11,10 +11,10 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """What XLA plans for a program, bytes of one device.
+  """Memory that XLA plans for a program, in bytes of one device.
 
   Attributes:
-    arguments: what it is given; most of it is there before and after.
+    arguments: its inputs, most of which exist before and after it.
     outputs: new arrays, donated arguments not counted again.
     temporaries: there while it runs.
   """
@@ -28,10 +28,10 @@ class Memory:
     return self.arguments + self.outputs + self.temporaries
 
   def parts_to_fit(self, device_bytes: int) -> int | None:
-    """Into how many parts the batch must be cut for the temporaries to fit.
+    """The number of micro-batches with which the temporaries fit.
 
     Args:
-      device_bytes: what the device has; a tenth stays free, for others and for holes.
+      device_bytes: memory of the device; a tenth stays free, for fragmentation.
 
     Returns:
       A power of two, 2 at least; None where already the arguments do not fit.
@@ -55,54 +55,13 @@ def of(stats: Any) -> Memory:
 
 
 def gib(size_bytes: float) -> str:
-  """A size for people.
+  """A size in GiB, for messages.
 
   >>> gib(3.25 * 2**30), gib(21.4 * 2**20)
   ('3.2 GiB', '0.021 GiB')
   """
   size = size_bytes / 2**30
   return f"{size:.1f} GiB" if size >= 1 else f"{size:.2g} GiB"
-
-
-def update_advice(
-  known: Memory | None,
-  device_bytes: int,
-  *,
-  tokens: int,
-  least_tokens: int,
-  offload: bool,
-  remat: str,
-) -> str:
-  """What to do about an update that did not fit.
-
-  Args:
-    known: what it takes, where that is known.
-    device_bytes: what a device has.
-    tokens: of a micro-batch now.
-    least_tokens: of the smallest micro-batch there can be.
-    offload: whether the optimiser's state is in the host's memory already.
-    remat: what is computed again in the backward pass.
-  """
-  device, parts = gib(device_bytes), 2
-  needed = f"The update does not fit into the {device} of a device."
-  if known is not None:
-    needed = (
-      f"The update needs {gib(known.peak)} of the {device} of a device:"
-      f" {gib(known.arguments)} of state and batch, {gib(known.temporaries)} more"
-      " while it runs."
-    )
-    parts = known.parts_to_fit(device_bytes)
-  state = "--optimizer.moment-dtype bfloat16, or more devices (--mesh.fsdp)"
-  if not offload:
-    state = f"--optimizer.offload, {state}"
-  smaller = []
-  if parts is not None:
-    fewer = max(tokens // parts, least_tokens)
-    smaller += [f"--algorithm.micro-batch-tokens {fewer}"] if fewer < tokens else []
-    smaller += ["--model.remat block"] if remat == "none" else []
-  if not smaller:
-    return f"{needed} Make the state smaller: {state}."
-  return f"{needed} Use {' or '.join(smaller)}; or make the state smaller: {state}."
 
 
 @dataclasses.dataclass
@@ -127,22 +86,36 @@ class UpdateMemory:
 
   def advice(self) -> str:
     """Which flags make an update fit that did not."""
-    return update_advice(
-      self.measured,
-      self.device_bytes,
-      tokens=self.tokens,
-      least_tokens=self.least_tokens,
-      offload=self.offload,
-      remat=self.remat,
-    )
+    known, device, parts = self.measured, gib(self.device_bytes), 2
+    needed = f"The update does not fit into the {device} of a device."
+    if known is not None:
+      needed = (
+        f"The update needs {gib(known.peak)} of the {device} of a device:"
+        f" {gib(known.arguments)} of state and batch, {gib(known.temporaries)} more"
+        " while it runs."
+      )
+      parts = known.parts_to_fit(self.device_bytes)
+    state = "--optimizer.moment-dtype bfloat16, or more devices (--mesh.fsdp)"
+    if not self.offload:
+      state = f"--optimizer.offload, {state}"
+    smaller = []
+    if parts is not None:
+      fewer = max(self.tokens // parts, self.least_tokens)
+      smaller += (
+        [f"--algorithm.micro-batch-tokens {fewer}"] if fewer < self.tokens else []
+      )
+      smaller += ["--model.remat block"] if self.remat == "none" else []
+    if not smaller:
+      return f"{needed} Make the state smaller: {state}."
+    return f"{needed} Use {' or '.join(smaller)}; or make the state smaller: {state}."
 
 
 @contextlib.contextmanager
 def explained(advice: Callable[[], str]) -> Iterator[None]:
-  """Turns XLA's out-of-memory error into one that says what to do.
+  """Turns XLA's out-of-memory error into one that names the flags to change.
 
   Args:
-    advice: what did not fit and which flags make it smaller; asked only then.
+    advice: returns what did not fit and which flags make it smaller; called on error.
 
   Raises:
     RuntimeError: the block ran out of memory. Other errors pass unchanged.

@@ -45,7 +45,7 @@ class Rules:
         )
 
   def spec(self, *logical_axes: str | None) -> PartitionSpec:
-    """Where an array lies whose dimensions carry these logical axes; None: not split.
+    """The partition of an array whose dimensions carry these logical axes; None: none.
 
     Raises:
       ValueError: a logical axis without a rule, or two dimensions on one mesh axis.
@@ -166,7 +166,7 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 
 
 def share_bytes(tree: Any) -> int:
-  """Of the largest share that one device has of a tree."""
+  """Bytes of a tree on the device that holds the largest share."""
 
   def share(leaf):
     shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
@@ -178,7 +178,7 @@ def share_bytes(tree: Any) -> int:
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
-  """Shapes, dtypes and layout of a tree of arrays that are not there yet."""
+  """A tree of `jax.ShapeDtypeStruct`s with the given shardings."""
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=sharding
@@ -189,11 +189,11 @@ def abstract(tree: Any, shardings: Any) -> Any:
 
 
 def check_host_memory(mesh: Mesh, flag: str, instead: str) -> None:
-  """Refuses a flag that keeps arrays in the hosts' memory, if devices cannot read it.
+  """Refuses a flag that offloads arrays to the host, if devices cannot read its memory.
 
   Args:
-    mesh: of these devices; they need not be there.
-    flag: as a person gave it.
+    mesh: of devices that may be absent.
+    flag: as the user gave it.
     instead: what to do without it.
   """
   device = mesh.local_devices[0]  # another process's cannot be asked
@@ -206,7 +206,7 @@ def check_host_memory(mesh: Mesh, flag: str, instead: str) -> None:
 
 
 def on_host(shardings: Any, tree: Any, mesh: Mesh) -> Any:
-  """The same layout in the hosts' memory, from where devices read without a copy.
+  """The same layout in pinned host memory, which devices read without a copy.
 
   Args:
     shardings: a tree of `NamedSharding`s.
@@ -245,15 +245,14 @@ def on_accelerator(mesh: Mesh) -> bool:
 
 
 def device_bytes(mesh: Mesh | None) -> int:
-  """Memory of one device; where a device does not say, its share of the host's."""
+  """Memory of one device; its share of the host's memory if the device does not say."""
   device = jax.devices()[0] if mesh is None else mesh.local_devices[0]
   stats = device.memory_stats() or {}
   return stats.get("bytes_limit") or _host_bytes() // jax.local_device_count()
 
 
 def free_bytes(mesh: Mesh | None) -> int:
-  """Memory of one device that nothing holds yet; where a device does not say, its
-  share of half the host's memory."""
+  """Free memory of one device; its share of half the host's memory if unknown."""
   device = jax.devices()[0] if mesh is None else mesh.local_devices[0]
   stats = device.memory_stats() or {}
   if "bytes_limit" in stats:

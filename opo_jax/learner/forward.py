@@ -4,7 +4,7 @@
 policy on them. `token_stats` does the same for rows that are not packed (one response a
 row), for whoever measures a policy besides training it.
 
-Shape letters besides those of `opo_jax/__init__.py`: a micro-batch has B packed rows of
+Shape letters, as in `opo_jax/__init__.py`: a micro-batch has B packed rows of
 W columns, of which U hold response tokens and reach the unembedding, and C prompts,
 each in front of B / C consecutive rows.
 """

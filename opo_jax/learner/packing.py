@@ -43,7 +43,7 @@ and rollout 3 has no gradient. P is 4, T is 8.
                  segment_ids    1   1   1   1   2   2   2   0
     columns      of row 0: 3 4 5    of row 1: 2 3 6
 
-Shape letters besides those of `opo_jax/__init__.py`: a micro-batch has B rows of W
+Shape letters, as in `opo_jax/__init__.py`: a micro-batch has B rows of W
 columns, of which up to U hold response tokens, and C prompts, each of B / C rows.
 """
 
@@ -246,7 +246,7 @@ class _Candidate(NamedTuple):
   """Rows cut into micro-batches: one way to compute the pieces.
 
   Attributes:
-    rows: of which it is made.
+    rows: its rows.
     rows_per_entry: rows that share a prompt; 1 where prompts are repeated.
     entries: of a micro-batch.
     micro_batches: [optimiser steps] that each needs.

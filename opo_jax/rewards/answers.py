@@ -22,8 +22,9 @@ _MARK = re.compile(
   re.VERBOSE | re.DOTALL | re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.;?!](?=\s|$)|</answer>")
+_OR = "(?:or|maybe|perhaps|possibly)"
 _HEDGE = (
-  r"(?:or|maybe|perhaps|possibly|alternatively|otherwise|else|either|if(?:\snot)?|also"
+  rf"(?:{_OR}|alternatively|otherwise|else|either|if(?:\snot)?|also"
   r"|(?:could|might|may)\s(?:also\s)?(?:be|equal))"
 )
 _FILLER = (
@@ -31,11 +32,12 @@ _FILLER = (
   r"|following|final|correct|right|answer)"
 )
 # "This is not my final", "the wrong", before an answer; of a mark also "or maybe the".
-_DENIAL = (
+_DENIED = re.compile(
   r"(?:\b(?:not|never|nor|neither|cannot|ignore|wrong|incorrect|invalid|false|fake"
   r"|previous|old|rejected|tentative|non-final)|n['\u2019]t|\\neq?)"
+  rf"\W+(?:(?:{_FILLER}|an?)\W+){{0,6}}$",
+  re.IGNORECASE,
 )
-_DENIED = re.compile(rf"{_DENIAL}\W+(?:(?:{_FILLER}|an?)\W+){{0,6}}$", re.IGNORECASE)
 _HEDGED = re.compile(rf"\b{_HEDGE}\W+(?:{_FILLER}\W+){{0,6}}$", re.IGNORECASE)
 _SIGNED = re.compile(r"(?:^|[\s$=(])[-\u2212]$|\d$")  # -\boxed{4}, 3\boxed{4}
 _LATEX = re.compile(r"\\(?:text|mbox|q?quad)|[A-Za-z]_\w|[\\{}$()[\]=]")
@@ -43,6 +45,7 @@ _ONLY_HEDGES = re.compile(
   rf"\W*(?:{_HEDGE}|and)\b\W*(?:(?:{_HEDGE}|{_FILLER}|and)\b\W*)*", re.IGNORECASE
 )
 _VALUE = r"(?:-?\d[\d.,/]{0,20}(?<![,.])|[A-Z]\b)"
+_WORDS = r"(?: \w{1,20} [$)}*]{0,3} [ =]? ){1,3}"
 _END = r"(?=[$)*}]{0,3}(?:[.,;!?](?:\s|$)|[ \t]*(?:\n|$)))"
 # "?", " is wrong", ", 5.", " and $5$", ". Or maybe $4$", " or five." behind an answer.
 _CONTINUED = re.compile(
@@ -55,8 +58,9 @@ _CONTINUED = re.compile(
   | [.!] [ \t]{{1,4}} [$(*]{{0,3}} {_VALUE} {_END}
   | [.,;:!(\s]{{0,8}} (?:\\text\s?\{{\s?)? (?:it\s|the\sanswer\s)? \b{_HEDGE}\b
     (?: [\s,:$({{}}*\\]{{1,4}} (?:{_HEDGE}|{_FILLER}|text)\b ){{0,8}}
-    [\s,:$({{}}*\\]{{1,4}} (?: [-<\d\\]
-    | (?: \w{{1,20}} [$)}}*]{{0,3}} [ =]? ){{1,3}} (?= [.;!?](?:\s|$) | \n | $ ) )
+    [\s,:$({{}}*\\]{{1,4}} [-<\d\\]
+  | (?: [,(\s]{{0,4}} \b{_OR}\b [\s,($*]{{1,4}} {_WORDS} | [.;!]\s {_OR}\s \w{{1,20}} )
+    (?= [.;!?](?:\s|$) | \n | $ )
   )
   """,
   re.VERBOSE | re.IGNORECASE,
@@ -102,7 +106,7 @@ def final_answer(response: str) -> str | None:
     before = text[max(0, span.start - 60) : span.start]
     if _SIGNED.search(before) or _DENIED.search(before.rpartition("\n")[2]):
       return None
-  return span.answer.strip() or None
+  return span.answer.strip("* \t\n") or None  # "**Answer: 4**"
 
 
 def boxed(text: str) -> str | None:

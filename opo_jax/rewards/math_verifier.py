@@ -54,9 +54,8 @@ def math_equal(prediction: str, reference: str) -> bool:
   matrices element by element, an inequality as an interval, an equation up to a factor,
   words only with the same words.
 
-  Alternatives ("3 or 4") equal no single value, and numbers that touch ("3 4") equal
-  nothing, where math-verify would compute with them. Arithmetic equals its value here,
-  but earns nothing in `math_reward`.
+  Alternatives ("3 or 4") equal no single value, numbers that touch ("3 4") nothing.
+  Arithmetic equals its value here, but earns nothing in `math_reward`.
 
   There is no time limit here, and SymPy may take very long: give text that a policy
   wrote to a `RewardPool`.
@@ -315,7 +314,7 @@ def _with_both_signs(elements: list[str]) -> list[str]:
 _IN_BASE = re.compile(r"(-?\d[\dA-F.]*)_\{?\w+\}?")
 # (1+2i)(3-i), |3+4i| and \frac{1}{1+i} are work left undone; (1+i)/2 is not.
 _COMPLEX_WORK = re.compile(
-  r"[(|]|\\(?!(?:frac|sqrt|pi|cdot)(?![a-z]))[a-z]|\}\s*\{[^{}]*i[^{}]*\}|/[^/]*i"
+  r"[()|]|\\(?!(?:frac|sqrt|pi|cdot)(?![a-z]))[a-z]|\}\s*\{[^{}]*i[^{}]*\}|/[^/]*i"
 )
 
 
@@ -347,7 +346,7 @@ def _is_undone(ours: str, theirs: str) -> bool:
   if numeric.is_undone(ours, theirs):
     return True
   is_number = re.search(r"(?<![A-Za-z\\])i(?![A-Za-z])", theirs) and "(" not in theirs
-  return bool(is_number and _COMPLEX_WORK.search(ours))
+  return bool(is_number and _COMPLEX_WORK.search(ours.strip("()")))
 
 
 _DECIMAL = re.compile(r"(\d*)\.(\d+)")
@@ -358,11 +357,7 @@ _TIMES_LEFT_OUT = re.compile(
 
 
 def _same_expression(ours: str, theirs: str) -> bool:
-  """Compares two expressions, equations or inequalities exactly.
-
-  SymPy decides where `numeric` cannot; `math_verify.verify` would compare decimals and
-  irrational values up to an absolute difference.
-  """
+  """Compares exactly; `math_verify.verify` would allow an absolute difference."""
   same = numeric.compare(ours, theirs)
   if same is not None:
     return same
@@ -376,9 +371,9 @@ def _same_object(ours: Any, theirs: Any) -> bool:
   import sympy
 
   if isinstance(ours, sympy.Eq) and isinstance(theirs, sympy.Eq):
-    left, right = (each.lhs - each.rhs for each in (ours, theirs))
+    left, right = ((each.lhs - each.rhs).doit() for each in (ours, theirs))
     factor = _at_point(left, 1) / _at_point(right, 1)
-    return factor != 0 and _same_object(left, factor * right)
+    return factor.evalf(30) != 0 and _same_object(left, factor * right)
   if isinstance(ours, sympy.Expr) and isinstance(theirs, sympy.Expr):
     ours, theirs = ours.doit(), theirs.doit()
     value, other = _at_point(ours, 0).evalf(30), _at_point(theirs, 0).evalf(30)

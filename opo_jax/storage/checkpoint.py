@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on exactly, together, through Orbax.
+"""Checkpoints: everything that an exact resumption needs, written by Orbax.
 
 One checkpoint holds the device state (parameters, optimiser, step), as arrays named by
 their place in the tree, and the host state (data position, RNG, config) as JSON.
