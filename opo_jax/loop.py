@@ -87,7 +87,7 @@ def train(
     if not done:
       row = {"step": 0} | evaluator.evaluate(start_policy)
       record.metrics(row)
-      run.terminal.say(f"step 0  {evaluation_line(row)}  (the start model)")
+      run.terminal.say(f"step 0  {evaluation_line(row)}  (the start policy)")
 
     params = build.rollout_params(config)
     learning_rate = build.rl_schedule(config)

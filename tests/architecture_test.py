@@ -95,7 +95,7 @@ planning.plan: build config devices models planning.hlo planning.jaxpr planning.
 planning.programs: build config devices learner models rollouts sampler
 planning.replication: planning.hlo planning.jaxpr
 planning.search: config planning.plan planning.topologies
-planning.simulation: sampler.decoding
+planning.simulation: sampler.schedule
 planning.topologies: config
 problems: config data devices.distributed
 protocols: data.prompts learner rollouts sampler scorer
@@ -376,6 +376,8 @@ def test_the_maps_list_every_module():
   packaged = map_of(ast.get_docstring(modules()[""]))
   wrong = packaged ^ (set(modules()) - {""})
   assert not wrong, f"in opo_jax/__init__.py or in the package alone: {sorted(wrong)}"
+  wrong = map_of((ROOT / "docs" / "architecture.md").read_text()) ^ packaged
+  assert not wrong, f"in docs/architecture.md or in opo_jax alone: {sorted(wrong)}"
   wrong = tree_of((ROOT / "README.md").read_text()) ^ top_level()
   assert not wrong, f"in README.md or in the package alone: {sorted(wrong)}"
 

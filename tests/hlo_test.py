@@ -4,10 +4,13 @@ import re
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from opo_jax.devices import sharding
 from opo_jax.planning import hlo, jaxpr
 from opo_jax.planning.replication import replicated
+
+pytestmark = pytest.mark.usefixtures("no_compilation_cache")
 
 
 def compiled_text(function, *args):

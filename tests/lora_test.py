@@ -201,7 +201,9 @@ def assert_same(actual, expected, tolerance=2e-5):
 
 
 @functools.cache
-def one_update():
+def learner_of(kind):
+  """A learner compiles for one kind of state: adapters, all weights, a mesh."""
+  del kind
   return learner.PolicyGradientLearner(ALGORITHM, SGD)
 
 
@@ -213,12 +215,12 @@ def test_gradient_of_the_adapters_is_that_of_the_merged_weights_by_the_chain_rul
   scale, adapters = ALPHA / RANK, dict(lora.adapters(policy))
   matrices = {n: (np.array(x.a[...]), np.array(x.b[...])) for n, x in adapters.items()}
   copy = jax.tree.map(jnp.copy, lora.merge(policy))  # an update takes all of it
-  full = kernels(gradient(one_update(), copy)[0])
+  full = kernels(gradient(learner_of("all weights"), copy)[0])
   expected = {
     name: (scale * full[name] @ b.swapaxes(1, 2), scale * a.swapaxes(1, 2) @ full[name])
     for name, (a, b) in matrices.items()
   }
-  actual, _, _ = gradient(one_update(), policy)
+  actual, _, _ = gradient(learner_of("adapters"), policy)
   actual = {name: (x.a[...], x.b[...]) for name, x in lora.adapters(actual)}
   assert_same(actual, expected)
   assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(expected)) > 1e-4
@@ -228,7 +230,7 @@ def test_an_update_shares_the_base_and_takes_the_memory_of_the_adapters():
   base = make_base()
   policy = make_adapted(base)
   old, _ = lora.split(policy)
-  _, state, _ = gradient(one_update(), policy)
+  _, state, _ = gradient(learner_of("adapters"), policy)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
   _, frozen = lora.split(state.policy)
   pairs = zip(jax.tree.leaves(frozen), jax.tree.leaves(base), strict=True)
@@ -238,8 +240,8 @@ def test_an_update_shares_the_base_and_takes_the_memory_of_the_adapters():
 def test_gradient_does_not_depend_on_the_mesh_and_adapters_lie_as_their_kernels_do():
   mesh = sharding.make_mesh(2, 2, 2)
   policy = make_adapted(make_base(mesh))
-  on_mesh, state, metrics = gradient(one_update(), policy)
-  alone, _, _ = gradient(one_update(), make_adapted(make_base()))
+  on_mesh, state, metrics = gradient(learner_of("mesh"), policy)
+  alone, _, _ = gradient(learner_of("adapters"), make_adapted(make_base()))
   assert_same(on_mesh, alone)
   assert metrics["onpolicy/logprob_diff_max"] < 1e-5
   axes = {"query": ("embed", "heads"), "down": ("mlp", "embed")}
@@ -367,8 +369,7 @@ def test_exported_policy_has_the_adapters_merged_in(run, tmp_path):
   arguments = ["export", str(run), str(tmp_path / "out")]
   assert command_line.main(arguments) == 0
   exported = models.load(tmp_path / "out")
-  with Run(small_config(), run) as parts:
-    trained = load_policy(parts)
+  trained = load_policy(Run(small_config(), run))
   merged = kernels(lora.merge(trained))
   for name, kernel in kernels(exported).items():
     np.testing.assert_array_equal(kernel, merged[name])
@@ -388,8 +389,7 @@ def test_exported_adapter_has_pefts_names_and_shapes_and_its_base_beside_it(
   assert config["base_model_name_or_path"] == str(out / "base")
   tensors = load_file(out / "adapter_model.safetensors")
   assert len(tensors) == 2 * 2 * 2
-  with Run(small_config(), run) as parts:
-    trained = load_policy(parts)
+  trained = load_policy(Run(small_config(), run))
   found = dict(lora.adapters(trained))
   prefix = "base_model.model.model.layers.1"
   np.testing.assert_array_equal(

@@ -13,6 +13,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from experiments import (
@@ -23,17 +24,18 @@ from experiments import (
   quickstart,
 )
 from opo_jax import __main__ as command_line
-from opo_jax import build, sampler
+from opo_jax import sampler
 from opo_jax.devices import sharding
 from opo_jax.models import ModelConfig, Policy
 from opo_jax.planning import command
 from opo_jax.planning import plan as planning
 from opo_jax.planning.plan import Assumptions, plan
+from opo_jax.planning.programs import abstract_run
 from opo_jax.planning.replication import replicated
 from opo_jax.planning.search import advice, search
 from opo_jax.planning.simulation import assumed_lengths, simulate_decoding
 from opo_jax.planning.topologies import topology
-from opo_jax.sampler import decoding
+from opo_jax.sampler import decoding, schedule
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
@@ -128,18 +130,17 @@ def without_reason(made):
 
 
 @pytest.fixture(scope="module")
-def unoptimized():
-  """Compiles without LLVM's expensive passes, a third of the time or more.
-
-  Partitioning, scheduling and buffer assignment remain.
-  """
-  jax.config.update("jax_disable_most_optimizations", True)
+def compiled_anew():
+  """No program comes from the compilation cache: their text is read."""
+  jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()
   yield
-  jax.config.update("jax_disable_most_optimizations", False)
+  jax.config.update("jax_enable_compilation_cache", True)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
-def mesh_and_programs_of_7b(unoptimized):
+def mesh_and_programs_of_7b(compiled_anew):
   """Eight devices, and name -> the traced and the compiled program of the 7B run."""
   config = opo_r1_distill_qwen_7b.get_config()
   config = dataclasses.replace(
@@ -188,13 +189,7 @@ def test_no_large_parameter_or_moment_of_the_other_runs_is_replicated():
   mesh = sharding.make_mesh(1, 4, 2)
   for experiment in (grpo_r1_distill_qwen_7b, opo_qwen2_5_0_5b_gsm8k):
     config = experiment.get_config()
-    state = build.build(
-      config,
-      eos_ids=(0,),
-      vocab_size=planning.model_shape(config).vocab_size,
-      mesh=mesh,
-      shape=planning.model_shape(config),
-    ).like_state
+    state = abstract_run(config, mesh, planning.model_shape(config)).state
     large = {
       jax.tree_util.keystr(path): leaf
       for path, leaf in jax.tree_util.tree_leaves_with_path(state)
@@ -248,10 +243,10 @@ def test_assumed_responses_have_their_mean_and_one_reaches_the_limit():
     assert lengths.mean() == pytest.approx(mean, rel=0.02)
 
 
-def test_the_simulated_schedule_is_the_one_the_sampler_takes(monkeypatch, unoptimized):
+def test_the_simulated_schedule_is_the_one_the_sampler_takes(monkeypatch):
   """Refilled, with rings that grow and shrink, and slots that become fewer."""
-  monkeypatch.setattr(decoding, "MIN_WIDTH", 6)
-  monkeypatch.setattr(decoding, "MIN_SLOTS", 2)
+  monkeypatch.setattr(schedule, "MIN_WIDTH", 6)
+  monkeypatch.setattr(schedule, "MIN_SLOTS", 2)
   lengths, slots, longest = np.array([24, *[5, 3, 4] * 6, 5, 4, 6]), 4, 24
   taken, decode = [0, 0], decoding.decode
 

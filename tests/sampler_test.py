@@ -772,11 +772,11 @@ def test_gathered_weights_change_no_rollout_and_save_the_gathering_of_every_toke
 @pytest.mark.usefixtures("no_compilation_cache")
 @pytest.mark.parametrize("slots", [16, 24], ids=["refill", "in groups"])
 def test_devices_exchange_no_keys_and_no_rollouts(slots):
-  """Only whether anybody is still busy, one bool."""
+  """Only scalars: the busy slots, the longest response, whether rows are left."""
   rows = started(policy((4, 1, 1)), slots=slots)
   assert rows.in_groups == (slots == 24)
   exchanged = re.findall(
     r"= (\S+) (?:all-gather|all-to-all|all-reduce|collective-permute)(?:-start)?\(",
     decode_program(rows).as_text(),
   )
-  assert set(exchanged) == {"pred[]"}
+  assert {"pred[]"} <= set(exchanged) <= {"pred[]", "s32[]"}

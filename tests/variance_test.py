@@ -428,6 +428,7 @@ def run(tmp_path_factory):
     base,
     model=dataclasses.replace(base.model, width=16, mlp_width=32, num_layers=1),
     sft=dataclasses.replace(base.sft, steps=0),
+    rollout=dataclasses.replace(base.rollout, max_new_tokens=12),
   )
   run = Run(config, directory)
   run.write_head()

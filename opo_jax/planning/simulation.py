@@ -8,7 +8,7 @@ own functions, called here on a shard's lengths.
 
 import numpy as np
 
-from opo_jax.sampler import decoding
+from opo_jax.sampler import schedule
 
 
 def assumed_lengths(mean: float, longest: int, count: int) -> np.ndarray:
@@ -54,11 +54,10 @@ def simulate_decoding(
   >>> simulate_decoding(np.full(4, 256), slots=4, longest=256)
   (256, 0.6875)
   """
-  settings = decoding.Settings(1, 1, longest, (), (), "")
   # left[s]: tokens that slot s has still to decode; grown[s]: tokens of its response.
   left, queue = np.array(lengths[:slots]), list(lengths[slots:])
   num_slots = max_slots = len(left)
-  grown, width = np.zeros_like(left), decoding.ring(0, longest)
+  grown, width = np.zeros_like(left), schedule.ring(0, longest)
   tokens = columns = 0
   while (left > 0).any():
     busy = left > 0
@@ -72,8 +71,8 @@ def simulate_decoding(
       grown[slot] = 0
       left[slot] = queue.pop(0) if queue else 0
     width = _resized_ring(width, grown.max(), longest)
-    while not queue and decoding.mostly_idle((left > 0).sum(), num_slots, settings):
-      num_slots = decoding.fewer_slots(num_slots)
+    while not queue and schedule.mostly_idle((left > 0).sum(), num_slots, longest):
+      num_slots = schedule.fewer_slots(num_slots)
       busy_first = np.argsort(left == 0, kind="stable")[:num_slots]
       left, grown = left[busy_first], grown[busy_first]
   return int(tokens), float(columns / (tokens * max_slots * longest))
@@ -82,7 +81,7 @@ def simulate_decoding(
 def _resized_ring(width: int, grown: int, longest: int) -> int:
   """Columns of the ring once its longest response has `grown` tokens."""
   if grown >= width:
-    width = decoding.ring(grown, longest)
-  while decoding.too_wide(grown, width):
-    width = decoding.ring((width - 1) // 2, longest)
+    width = schedule.ring(grown, longest)
+  while schedule.too_wide(grown, width):
+    width = schedule.ring((width - 1) // 2, longest)
   return width

@@ -281,6 +281,7 @@ class RewardPool:
       return self._pool
     if self._started is not None:
       _wait(self._pool, [self._started], _START_LIMIT_S)
+      self._check_open()  # another thread may have closed the pool meanwhile
       if not self._started.done() or self._started.exception() is not None:
         raise RuntimeError(
           f"no verification worker starts (see its message above); {self._verify} "
