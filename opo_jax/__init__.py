@@ -54,7 +54,7 @@ has one meaning:
     B  rows of a batch; decoding slots    N  rollouts of a step
     T  tokens of a row; response tokens of a rollout
     W  columns of a packed row            U  its columns with a response token
-    C  cached prompts, each of B / C consecutive rows
+    C  cache entries, each read by B / C consecutive rows
     P  prompt tokens                      G  prompts, each with a group of rollouts
     S  key positions attended to          M  tokens of the longest stop sequence
     D  model width                        F  MLP width
