@@ -37,6 +37,8 @@ from opo_jax.planning.simulation import assumed_lengths, simulate_decoding
 from opo_jax.planning.topologies import topology
 from opo_jax.sampler import decoding, schedule
 
+# Plans read the text of compiled programs.
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
   reason="libtpu compiles for absent TPUs: make test-plan",
