@@ -215,6 +215,7 @@ def test_over_long_prompts_are_left_out_counted_and_told(run, tmp_path, capsys):
   assert told in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_takes_the_problems_whose_pass_rates_eval_has_measured(
   run, tmp_path, monkeypatch
 ):

@@ -37,14 +37,6 @@ OFF_POLICY = dataclasses.replace(OPO, require_on_policy=False)
 PLAIN = dict(share_prompts=False, prune=False, pack=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Half of the file's time; which arrays a program has does not depend on it."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 # --- what is updated -----------------------------------------------------------------
 
 
