@@ -134,10 +134,11 @@ def without_reason(made):
 @pytest.fixture(scope="module")
 def compiled_anew():
   """No program comes from the compilation cache: their text is read."""
+  before = jax.config.jax_enable_compilation_cache
   jax.config.update("jax_enable_compilation_cache", False)
   compilation_cache.reset_cache()
   yield
-  jax.config.update("jax_enable_compilation_cache", True)
+  jax.config.update("jax_enable_compilation_cache", before)
   compilation_cache.reset_cache()
 
 
